@@ -1,0 +1,60 @@
+"""Causal attention over a key/value cache, one block of keys at a time (online softmax).
+
+The loop ends with the last block that any row may see: the time does not depend on the size of the cache, the
+memory is that of one block of scores, and the dead part of the cache is never read.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attend(
+    q: jax.Array,  # [B, K, R, H]: the R query rows that read kv head k
+    positions: jax.Array,  # [B, R] int32: a row sees the keys 0..position
+    k: jax.Array,  # [B, K, S, H] float, or uint16 bits of bfloat16
+    v: jax.Array,  # [B, K, S, H]
+    *,
+    scale: float,
+    block_size: int,
+) -> jax.Array:
+    """Returns the attention output [B, K, R, H] in float32; products take the cache's type."""
+    block_size = min(block_size, k.shape[2])
+    last_start = k.shape[2] - block_size
+    dtype = jnp.dtype(jnp.bfloat16) if k.dtype == jnp.uint16 else k.dtype
+    q = q.astype(dtype)
+    positions = positions[:, None, :, None]
+
+    def step(index, carry):
+        largest, total, output = carry
+        # The last block moves back to end with the cache; the keys that it then repeats are masked.
+        start = jnp.minimum(index * block_size, last_start)
+        scores = scale * _dot("bkrh,bksh->bkrs", q, _block(k, start, block_size))
+        keys = start + jnp.arange(block_size, dtype=jnp.int32)[None, None, None, :]
+        scores = jnp.where((keys <= positions) & (keys >= index * block_size), scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_largest)
+        decay = jnp.exp(largest - new_largest)
+        total = total * decay + weights.sum(axis=-1, keepdims=True)
+        output = output * decay + _dot("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, start, block_size))
+        return new_largest, total, output
+
+    rows = q.shape[:3]
+    init = (
+        jnp.full((*rows, 1), jnp.finfo(jnp.float32).min),
+        jnp.zeros((*rows, 1), jnp.float32),
+        jnp.zeros((*rows, q.shape[-1]), jnp.float32),
+    )
+    _, total, output = lax.fori_loop(0, jnp.max(positions) // block_size + 1, step, init)
+    return output / total
+
+
+def _block(cache: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
+    return lax.bitcast_convert_type(block, jnp.bfloat16) if block.dtype == jnp.uint16 else block
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product accumulated in float32, whose float32 operands are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

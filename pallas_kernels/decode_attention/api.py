@@ -1,0 +1,45 @@
+"""Attention of one new token of each row over the cache."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.decode_attention import reference
+
+BACKENDS = {"xla": reference.decode_attention}
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """Attends one query of each row to the first `lengths[b]` keys of its cache.
+
+    Query head n reads kv head `n // (N / K)`. The softmax is in float32; both products take the cache's type and
+    accumulate in float32.
+
+    Args:
+      q: [B, N, H] queries, any float type.
+      k: [B, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
+      v: [B, K, S, H] cached values, as `k`.
+      lengths: [B] int32, valid keys, the query's own among them; 1 to S.
+      scale: factor on the scores.
+      implementation: see `dispatch.run`.
+
+    Returns:
+      [B, N, H] of q's type.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    b, n, h = q.shape
+    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != h or n % k.shape[1] or lengths.shape != (b,):
+        raise ValueError(
+            "decode_attention: q [B, N, H], k and v [B, K, S, H] with K dividing N, lengths [B] expected, "
+            f"got {q.shape}, {k.shape}, {v.shape}, {lengths.shape}"
+        )
+    return dispatch.run("decode_attention", BACKENDS, implementation, q, k, v, lengths, scale=scale)

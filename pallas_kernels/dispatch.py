@@ -1,0 +1,50 @@
+"""How an operator picks one of its backends.
+
+An operator has a table from backend name to function, with "xla" always in it. A backend that cannot do a case
+raises NotImplementedError with the reason, when it is traced.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+Implementation = str | Sequence[str] | None
+"""A backend's name, several names in order of preference, or None: the platform's own backend, then "xla"."""
+
+
+class UnknownBackendError(NotImplementedError, ValueError):
+    """An operator has no backend of the name that was asked for."""
+
+
+def run(operator: str, backends: Mapping[str, Callable], implementation: Implementation, *args: Any, **kwargs: Any):
+    """Calls the first of the chosen backends that can do the case.
+
+    The platform is that of JAX's default backend at trace time. A program that is lowered for another platform
+    should therefore name its backends.
+
+    Args:
+      operator: name of the operator, for messages.
+      backends: its table, from name ("xla", "tpu", "gpu", "cpu") to function.
+      implementation: which of them, see `Implementation`.
+      *args: passed on.
+      **kwargs: passed on.
+
+    Raises:
+      UnknownBackendError: a name that the operator does not have.
+      NotImplementedError: the last of the chosen backends cannot do the case.
+    """
+    if implementation is None:
+        names = [name for name in (jax.default_backend(), "xla") if name in backends]
+    else:
+        names = [implementation] if isinstance(implementation, str) else list(implementation)
+    for name in names:
+        if name not in backends:
+            available = ", ".join(backends)
+            raise UnknownBackendError(f"{operator} has no implementation {name!r}; available: {available}")
+    for name in names[:-1]:
+        try:
+            return backends[name](*args, **kwargs)
+        except NotImplementedError:
+            continue
+    return backends[names[-1]](*args, **kwargs)

@@ -1,0 +1,37 @@
+"""Product of activations with a weight that lies as [out, in]."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.matmul import reference
+
+BACKENDS = {"xla": reference.matmul}
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """Returns `x @ w.T`, accumulated in float32.
+
+    Args:
+      x: [..., K] activations, any float type; cast to the weight's type before the product.
+      w: [N, K] weight, any float type.
+      out_dtype: type of the result; default x's.
+      precision: as for `jax.lax.dot_general`.
+      implementation: see `dispatch.run`.
+
+    Returns:
+      [..., N] of `out_dtype`.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype, precision=precision)

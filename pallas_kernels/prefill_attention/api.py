@@ -1,0 +1,50 @@
+"""Causal attention of a chunk of a prompt over the cache that already holds it."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.prefill_attention import reference
+
+BACKENDS = {"xla": reference.prefill_attention}
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_start: jax.Array,
+    *,
+    scale: float,
+    block_size: int = 256,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """Attends T consecutive queries of each row to all keys up to their own.
+
+    Query t of row b stands at position `q_start[b] + t` and sees keys 0 to that position; the chunk's own keys are
+    in the cache. Query head n reads kv head `n // (N / K)`. The softmax is in float32; both products take the
+    cache's type and accumulate in float32. No part of the cache after the last live key is read.
+
+    Args:
+      q: [B, T, N, H] queries, any float type.
+      k: [B, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
+      v: [B, K, S, H] cached values, as `k`.
+      q_start: [B] int32, keys before the chunk; `q_start + T <= S`.
+      scale: factor on the scores.
+      block_size: queries, and keys, that are worked on at once.
+      implementation: see `dispatch.run`.
+
+    Returns:
+      [B, T, N, H] of q's type.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    b, _, n, h = q.shape
+    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != h or n % k.shape[1] or q_start.shape != (b,):
+        raise ValueError(
+            "prefill_attention: q [B, T, N, H], k and v [B, K, S, H] with K dividing N, q_start [B] expected, "
+            f"got {q.shape}, {k.shape}, {v.shape}, {q_start.shape}"
+        )
+    return dispatch.run(
+        "prefill_attention", BACKENDS, implementation, q, k, v, q_start, scale=scale, block_size=block_size
+    )
