@@ -1,0 +1,220 @@
+"""The speech encoder: NeMo subsampling and a conformer in windows of 40 s (phi4mm-reference, 5.2 and 5.3).
+
+Clips of different length share a padded batch: each clip's own length decides what is zero and which keys are seen,
+so a clip's result does not depend on the padding or on its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.encoder_attention import encoder_attention
+from phi4mm_jax.config import AudioConfig, ModelConfig
+from phi4mm_jax.models.layers import LayerNorm, Linear, Projector, merge_heads, over_rows, param, split_heads, value
+
+
+class StridedConv(nnx.Module):
+    """3x3 convolution with stride 2 and zero padding 1, one filter per output channel.
+
+    Written as nine shifted multiply-adds: XLA:CPU runs grouped convolutions several times slower.
+    """
+
+    def __init__(self, channels: int, dtype: Any):
+        self.weight = param((channels, 3, 3), dtype, (None, None, None))
+        self.bias = param((channels,), dtype, (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, F, C or 1] -> [B, ceil(T/2), ceil(F/2), C]."""
+        weight, bias = value(self.weight, x), value(self.bias, x)
+        out_length, out_width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+        # One frame more than the convolution needs where a length is even, so that every tap slices alike.
+        x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
+        y = over_rows(bias, x)
+        for row in range(3):
+            for column in range(3):
+                taps = x[:, row : row + 2 * out_length : 2, column : column + 2 * out_width : 2]
+                y = y + taps * over_rows(weight[:, row, column], x)
+        return y
+
+
+class Subsampling(nnx.Module):
+    """NeMo's depthwise-striding front end: eight frames to one sub-frame."""
+
+    def __init__(self, config: AudioConfig, dtype: Any):
+        channels = config.conv_channels
+        self.conv = StridedConv(channels, dtype)
+        self.depthwise1, self.depthwise2 = StridedConv(channels, dtype), StridedConv(channels, dtype)
+        self.pointwise1, self.pointwise2 = (Linear(channels, channels, dtype) for _ in range(2))
+        width = -(-config.input_size // config.time_reduction)
+        self.out = Linear(channels * width, config.hidden_size, dtype)
+
+    def __call__(self, x: jax.Array, frames: jax.Array) -> jax.Array:
+        """x [B, T, mel], frames [B] real length -> [B, ceil(T/8), D]; what lies beyond a clip's end is zero.
+
+        Zeroing after each stage makes the end of a clip inside a longer batch equal to the end of an array, where
+        the convolution itself pads with zeros.
+        """
+        x = _zero_beyond(x, frames)[..., None]
+        lengths = -(-frames // 2)
+        x = _zero_beyond(jax.nn.relu(self.conv(x)), lengths)
+        lengths = -(-lengths // 2)
+        x = _zero_beyond(jax.nn.relu(self.pointwise1(self.depthwise1(x))), lengths)
+        lengths = -(-lengths // 2)
+        x = jax.nn.relu(self.pointwise2(self.depthwise2(x)))
+        x = x.transpose(0, 1, 3, 2)  # channel-major: the order in which `out` was trained
+        return _zero_beyond(self.out(x.reshape(*x.shape[:2], -1)), lengths)
+
+
+def _zero_beyond(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Zeroes x [B, T, ...] from each row's length [B] on."""
+    inside = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+    return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward with its own norm: first half * silu(second half)."""
+
+    def __init__(self, config: AudioConfig, dtype: Any):
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype)
+        self.down = Linear(config.intermediate_size, config.hidden_size, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up, gate = jnp.split(self.gate_up(self.norm(x)), 2, axis=-1)
+        return self.down(up * jax.nn.silu(gate))
+
+
+class Attention(nnx.Module):
+    """Attention within a window, with one relative bias for all layers."""
+
+    def __init__(self, config: AudioConfig, dtype: Any):
+        self.num_heads = config.num_heads
+        for name in ("q", "k", "v"):
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, dtype, ("heads", None)))
+        self.out = Linear(config.hidden_size, config.hidden_size, dtype, (None, "heads"))
+
+    def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
+        """x [B, T, D], bias [heads, T, T], key_mask [B, T] -> [B, T, D]."""
+        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        attended = encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, bias=bias, key_mask=key_mask)
+        return self.out(merge_heads(attended))
+
+
+class Convolution(nnx.Module):
+    """Gated pointwise, causal depthwise and two pointwise convolutions."""
+
+    def __init__(self, config: AudioConfig, dtype: Any):
+        width = config.hidden_size
+        self.norm = LayerNorm(width, config.layer_norm_eps, dtype)
+        self.glu = Linear(width, 2 * width, dtype)
+        self.value_bias, self.gate_bias = param((width,), dtype, (None,)), param((width,), dtype, (None,))
+        self.depthwise = DepthwiseConv(width, config.kernel_size, dtype)
+        self.pointwise_in, self.pointwise_out = Linear(width, width, dtype), Linear(width, width, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up, gate = jnp.split(self.glu(self.norm(x)), 2, axis=-1)
+        x = (up + over_rows(value(self.value_bias, x), x)) * jax.nn.silu(gate + over_rows(value(self.gate_bias, x), x))
+        return self.pointwise_out(jax.nn.silu(self.pointwise_in(self.depthwise(x))))
+
+
+class DepthwiseConv(nnx.Module):
+    """Causal convolution over time, one filter per channel."""
+
+    def __init__(self, channels: int, kernel_size: int, dtype: Any):
+        self.weight = param((channels, kernel_size), dtype, (None, None))
+        self.bias = param((channels,), dtype, (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, C] -> [B, T, C]."""
+        weight, bias = value(self.weight, x), value(self.bias, x)
+        taps, length = weight.shape[-1], x.shape[1]
+        x = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
+        return over_rows(bias, x) + sum(x[:, i : i + length] * over_rows(weight[:, i], x) for i in range(taps))
+
+
+class ConformerLayer(nnx.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm."""
+
+    def __init__(self, config: AudioConfig, dtype: Any):
+        self.ff_in = FeedForward(config, dtype)
+        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.conv = Convolution(config, dtype)
+        self.ff_out = FeedForward(config, dtype)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
+        x = x + self.ff_in(x) * 0.5
+        x = x + self.attention(self.attention_norm(x), bias, key_mask)
+        x = x + self.conv(x)
+        x = x + self.ff_out(x) * 0.5
+        return self.norm(x)
+
+
+class AudioModel(nnx.Module):
+    """Log-mel frames in, decoder-width audio tokens out."""
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        audio = config.audio
+        self.config = audio
+        self.mean = param((audio.input_size,), jnp.float32, (None,))
+        self.inv_std = param((audio.input_size,), jnp.float32, (None,))
+        self.subsampling = Subsampling(audio, dtype)
+        self.relative_bias = param((2 * audio.bias_max_distance, audio.num_heads), dtype, (None, "heads"))
+        self.layers = nnx.List([ConformerLayer(audio, dtype) for _ in range(audio.num_layers)])
+        self.speech_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
+        self.vision_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
+
+    def encode(self, features: jax.Array, frames: jax.Array, num_keys: jax.Array) -> jax.Array:
+        """Conformer output of each clip.
+
+        Args:
+          features: [B, T, mel] log-mel frames, zero beyond a clip's own end; their dtype is the activation dtype.
+          frames: [B] int32, the frames that exist: the longest clip of the request, since the original pads the
+            clips of one request to a common length before it subsamples them.
+          num_keys: [B] int32, sub-frames that attention may see, counted over the whole clip (all windows).
+
+        Returns:
+          [B, ceil(T/8), audio width].
+        """
+        mean, inv_std = self.mean.get_value(), self.inv_std.get_value()
+        normalised = (features.astype(jnp.float32) - over_rows(mean, features)) * over_rows(inv_std, features)
+        x = self.subsampling(normalised.astype(features.dtype), frames)
+        batch, length, width = x.shape
+        window = min(length, self.config.window)
+        x = jnp.pad(x, ((0, 0), (0, -length % window), (0, 0)))
+        key_mask = jnp.arange(x.shape[1])[None, :] < num_keys[:, None]
+        x, key_mask = x.reshape(-1, window, width), key_mask.reshape(-1, window)
+        bias = self.position_bias(window)
+        for layer in self.layers:
+            x = layer(x, bias, key_mask)
+        return x.reshape(batch, -1, width)[:, :length]
+
+    def position_bias(self, window: int) -> jax.Array:
+        """Additive bias of key j for query i: float32 [heads, window, window]."""
+        reach = self.config.bias_max_distance
+        distance = np.arange(window)[None, :] - np.arange(window)[:, None]
+        table = self.relative_bias.get_value().astype(jnp.float32)
+        return table[np.clip(distance, -reach, reach - 1) + reach].transpose(2, 0, 1)
+
+    def __call__(
+        self, features: jax.Array, frames: jax.Array, num_keys: jax.Array, with_image: jax.Array
+    ) -> jax.Array:
+        """Projected tokens of each clip.
+
+        Args:
+          features: as `encode`.
+          frames: as `encode`.
+          num_keys: as `encode`.
+          with_image: [B] bool, rows that also hold an image take the `vision` projector.
+
+        Returns:
+          [B, ceil(T/8), D].
+        """
+        x = self.encode(features, frames, num_keys)
+        return jnp.where(with_image[:, None, None], self.vision_projector(x), self.speech_projector(x))

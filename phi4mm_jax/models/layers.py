@@ -1,0 +1,97 @@
+"""Layers that all three towers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.matmul import matmul
+
+
+def param(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A zero weight to be filled by a loader; `axes` names each dimension for sharding (runtime/mesh.py)."""
+    assert len(shape) == len(axes)
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+def value(weight: nnx.Param, like: jax.Array) -> jax.Array:
+    """A small weight (bias, norm) in the dtype of the activations it meets."""
+    return weight.get_value().astype(like.dtype)
+
+
+def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes `vector` [D] to broadcast over the leading axes of `x` [..., D]."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, with the weight [out, in] as checkpoints hold it."""
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: Any, axes: tuple[str | None, str | None] = (None, None)
+    ):
+        self.weight = param((out_features, in_features), dtype, axes)
+        self.bias = param((out_features,), dtype, axes[:1])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., in] to [..., out] in the dtype of x."""
+        y = matmul(x, self.weight.get_value())
+        return y + over_rows(value(self.bias, y), y)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32, multiplied by the weight after the cast back (phi4mm-reference, 2)."""
+
+    def __init__(self, size: int, eps: float, dtype: Any):
+        self.weight = param((size,), dtype, (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [..., size]."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * over_rows(value(self.weight, x), x)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: Any):
+        self.weight = param((size,), dtype, (None,))
+        self.bias = param((size,), dtype, (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [..., size]."""
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        centred = wide - mean
+        wide = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (wide * over_rows(value(self.weight, wide), wide) + over_rows(value(self.bias, wide), wide)).astype(
+            x.dtype
+        )
+
+
+class Projector(nnx.Module):
+    """Two linear layers with an exact GELU: from an encoder's width to the decoder's."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: Any):
+        self.up = Linear(in_features, out_features, dtype, ("mlp", None))
+        self.down = Linear(out_features, out_features, dtype, (None, "mlp"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., in] to [..., out]."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, N*H] -> [B, T, N, H]."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, T, N*H]."""
+    return x.reshape(*x.shape[:2], -1)

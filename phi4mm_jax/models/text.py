@@ -1,0 +1,146 @@
+"""The decoder: Phi-4-mini with grouped-query attention, partial longrope and LoRA (phi4mm-reference, 2 and 3).
+
+Axes: B rows, T new tokens, D model width, F MLP width, N query heads, K kv heads, H head width, V vocabulary.
+Fused projections are stored as K groups of rows (weights/mapping.py), so that a tensor-parallel cut between groups
+gives each device whole heads and matching gate and up columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.matmul import matmul
+from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.models.layers import RMSNorm, merge_heads, param
+from phi4mm_jax.models.lora import LoraLinear, RowAdapters
+from phi4mm_jax.models.rope import rotary_table, rotate
+
+LayerCache = TypeVar("LayerCache")
+
+
+class Attend(Protocol[LayerCache]):
+    """Attention over one layer's cache, given by the caller: stores the new keys and values, then attends."""
+
+    def __call__(
+        self,
+        q: jax.Array,  # [B, T, N, H]
+        k: jax.Array,  # [B, T, K, H]
+        v: jax.Array,  # [B, T, K, H]
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Returns the attention output [B, T, N, H] and the updated cache."""
+        ...
+
+
+class Embedding(nnx.Module):
+    """The token embedding, which is also the output head."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any):
+        self.weight = param((vocab_size, hidden_size), dtype, ("vocab", None))
+
+    def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """Looks up tokens [...] int32 -> [..., D]."""
+        return self.weight.get_value()[tokens].astype(dtype)
+
+    def attend(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden [..., D]: float32 [..., V]."""
+        return matmul(hidden, self.weight.get_value(), out_dtype=jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with a rotary embedding."""
+
+    def __init__(self, config: ModelConfig, ranks: dict[str, int], dtype: Any):
+        text = config.text
+        self.num_kv_heads, self.head_dim = text.num_kv_heads, text.head_dim
+        width = text.num_heads * text.head_dim
+        fused = width + 2 * text.num_kv_heads * text.head_dim
+        self.qkv = LoraLinear(text.hidden_size, fused, ranks, dtype, ("heads", None))
+        self.out = LoraLinear(width, text.hidden_size, ranks, dtype, (None, "heads"))
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        rope: tuple[jax.Array, jax.Array],
+        adapters: RowAdapters,
+        attend: Attend[LayerCache],
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        batch, length, _ = x.shape
+        groups = self.qkv(x, adapters).reshape(batch, length, self.num_kv_heads, -1, self.head_dim)
+        q = groups[..., :-2, :].reshape(batch, length, -1, self.head_dim)
+        k, v = groups[..., -2, :], groups[..., -1, :]
+        out, cache = attend(rotate(q, rope), rotate(k, rope), v, cache)
+        return self.out(merge_heads(out), adapters), cache
+
+
+class GatedMLP(nnx.Module):
+    """down(up * silu(gate))."""
+
+    def __init__(self, config: ModelConfig, ranks: dict[str, int], dtype: Any):
+        text = config.text
+        self.num_groups = text.num_kv_heads
+        self.gate_up = LoraLinear(text.hidden_size, 2 * text.intermediate_size, ranks, dtype, ("mlp", None))
+        self.down = LoraLinear(text.intermediate_size, text.hidden_size, ranks, dtype, (None, "mlp"))
+
+    def __call__(self, x: jax.Array, adapters: RowAdapters) -> jax.Array:
+        groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, 2, -1)
+        gate, up = groups[..., 0, :], groups[..., 1, :]
+        return self.down((up * jax.nn.silu(gate)).reshape(*x.shape[:2], -1), adapters)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: ModelConfig, ranks: dict[str, int], dtype: Any):
+        text = config.text
+        self.input_norm = RMSNorm(text.hidden_size, text.rms_norm_eps, dtype)
+        self.attention = Attention(config, ranks, dtype)
+        self.post_attention_norm = RMSNorm(text.hidden_size, text.rms_norm_eps, dtype)
+        self.mlp = GatedMLP(config, ranks, dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        adapters: RowAdapters,
+        attend: Attend[LayerCache],
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        out, cache = self.attention(self.input_norm(x), rope, adapters, attend, cache)
+        x = x + out
+        return x + self.mlp(self.post_attention_norm(x), adapters), cache
+
+
+class TextModel(nnx.Module):
+    """The decoder stack between the embedding and the head."""
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        text = config.text
+        ranks = {"vision": config.vision_lora.rank, "speech": config.speech_lora.rank}
+        self.config = text
+        self.embed = Embedding(text.vocab_size, text.hidden_size, dtype)
+        self.layers = nnx.List([DecoderLayer(config, ranks, dtype) for _ in range(text.num_layers)])
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D] embedded tokens and media
+        positions: jax.Array,  # [B, T] int32
+        use_long: jax.Array,  # [B] bool: the row's rope regime
+        adapters: RowAdapters,
+        attend: Attend[LayerCache],
+        caches: Sequence[LayerCache],
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Runs all layers; returns the normed hidden states [B, T, D] and each layer's updated cache."""
+        rope = rotary_table(self.config, positions, use_long, x.dtype)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, rope, adapters, attend, cache)
+            updated.append(cache)
+        return self.norm(x), updated
