@@ -511,7 +511,9 @@ class EngineConfig:
     prefill_rows: int = 1
     """Most prompts that one prefill call takes."""
     crop_buckets: tuple[int, ...] = (1, 2, 4, 8)
-    """Crops per vision-encoder call; a picture is encoded in the fewest calls without padding."""
+    """Crops per image-encoder call; the crops of a batch are split into such calls without padding."""
+    clip_buckets: tuple[int, ...] = (1, 2, 4, 8)
+    """Clips per speech-encoder call, likewise."""
     audio_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4000)
     """Log-mel frames per clip, up to one attention window; longer clips take whole windows."""
     decode_steps: int = 16
@@ -523,29 +525,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "max_batch", "max_seq_len", "prefill_rows", "decode_steps", "stream_steps", "prefill_block")
-        for name in ("batch_buckets", "cache_buckets", "prefill_buckets", "crop_buckets", "audio_buckets"):
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_buckets")):
             buckets = getattr(self, name)
             if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] <= 0:
                 raise ConfigError(f"engine.{name} = {list(buckets)}: expected increasing positive integers")
-        if self.crop_buckets[0] != 1:
-            raise ConfigError("engine.crop_buckets must begin with 1: any number of crops is a sum of its members")
+        for name in ("batch_buckets", "crop_buckets", "clip_buckets"):
+            if getattr(self, name)[0] != 1:
+                raise ConfigError(f"engine.{name} = {list(getattr(self, name))}: must begin with 1")
         if self.prefill_padding < 0:
             raise ConfigError(f"engine.prefill_padding = {self.prefill_padding}: must not be negative")
-
-
-Implementation = Literal["auto", "xla", "tpu", "gpu", "cpu"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelConfig:
-    """Which implementation of each kernel runs; `auto` takes the best that the device has."""
-
-    matmul: Implementation = "auto"
-    """Products with weights."""
-    prefill_attention: Implementation = "auto"
-    """Attention of a prompt chunk over the cache."""
-    decode_attention: Implementation = "auto"
-    """Attention of one new token over the cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -558,8 +546,6 @@ class RuntimeConfig:
     """Device arrangement."""
     engine: EngineConfig = EngineConfig()
     """Shapes and limits."""
-    kernels: KernelConfig = KernelConfig()
-    """Kernel choice."""
 
     @classmethod
     def load(cls, preset: str | Path, **sections: Mapping[str, Any]) -> Self:

@@ -30,16 +30,17 @@ class StridedConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, F, C or 1] -> [B, ceil(T/2), ceil(F/2), C]."""
-        weight, bias = value(self.weight, x), value(self.bias, x)
+        weight, bias = (w.get_value().astype(jnp.float32) for w in (self.weight, self.bias))
+        dtype = x.dtype
         out_length, out_width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
         # One frame more than the convolution needs where a length is even, so that every tap slices alike.
-        x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 2), (1, 2), (0, 0)))
         y = over_rows(bias, x)
         for row in range(3):
             for column in range(3):
                 taps = x[:, row : row + 2 * out_length : 2, column : column + 2 * out_width : 2]
                 y = y + taps * over_rows(weight[:, row, column], x)
-        return y
+        return y.astype(dtype)
 
 
 class Subsampling(nnx.Module):

@@ -1,0 +1,1 @@
+"""From a loaded model to tokens: compiled steps, the cache, sampling and the engine that drives them."""

@@ -1,0 +1,97 @@
+"""The key/value cache. This file alone knows its layout: per layer a pair of arrays [B, K, S, H].
+
+Each row's new entries are written by one `dynamic_update_slice`, the write that XLA does in place on every target.
+The last position of a row is scratch: rows that sit out a step write there, so they can never damage live entries.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.prefill_attention import prefill_attention
+from phi4mm_jax.config import DTypeConfig, TextConfig
+from phi4mm_jax.models.text import Attend
+from phi4mm_jax.runtime.mesh import sharding
+
+LayerCache = tuple[jax.Array, jax.Array]
+"""Keys and values of one layer, each [B, K, S, H]."""
+
+_AXES = ("batch", "kv_heads", None, None)
+
+
+def storage_dtype(dtypes: DTypeConfig) -> jnp.dtype:
+    """The dtype that cache arrays have; uint16 stands for the bits of bfloat16."""
+    return jnp.dtype("uint16" if dtypes.kv_cache == "bfloat16_bits" else dtypes.kv_cache)
+
+
+def cache_shapes(text: TextConfig, dtypes: DTypeConfig, mesh: Mesh, batch: int, length: int) -> list[LayerCache]:
+    """Shapes of the cache of `batch` rows with `length` positions, scratch included."""
+    shape = (batch, text.num_kv_heads, length, text.head_dim)
+    array = jax.ShapeDtypeStruct(shape, storage_dtype(dtypes), sharding=sharding(mesh, shape, _AXES))
+    return [(array, array) for _ in range(text.num_layers)]
+
+
+def cache_bytes(text: TextConfig, dtypes: DTypeConfig, batch: int, length: int) -> int:
+    """Bytes of such a cache, over all devices."""
+    per_position = 2 * text.num_layers * text.num_kv_heads * text.head_dim * storage_dtype(dtypes).itemsize
+    return batch * length * per_position
+
+
+def prefill_attend(
+    slots: jax.Array,  # [R] int32: the cache row of each prompt
+    starts: jax.Array,  # [R] int32: position of each chunk's first token
+    *,
+    scale: float,
+    block_size: int,
+) -> Attend[LayerCache]:
+    """Attention of a prompt chunk: appends R chunks to their rows, then attends causally."""
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        keys, values = (_write(c, new, slots, starts) for c, new in zip(cache, (k, v), strict=True))
+        out = prefill_attention(q, _rows(keys, slots), _rows(values, slots), starts, scale=scale, block_size=block_size)
+        return out, (keys, values)
+
+    return attend
+
+
+def decode_attend(
+    positions: jax.Array,  # [B] int32: position of each row's new token
+    running: jax.Array,  # [B] bool: rows that take part
+    *,
+    scale: float,
+) -> Attend[LayerCache]:
+    """Attention of one new token per row; rows that sit out write to scratch and read one position."""
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        scratch = cache[0].shape[2] - 1
+        slots = jnp.arange(q.shape[0], dtype=jnp.int32)
+        where = jnp.where(running, positions, scratch)
+        keys, values = (_write(c, new, slots, where) for c, new in zip(cache, (k, v), strict=True))
+        out = decode_attention(q[:, 0], keys, values, jnp.where(running, positions + 1, 1), scale=scale)
+        return out[:, None], (keys, values)
+
+    return attend
+
+
+def _write(cache: jax.Array, new: jax.Array, slots: jax.Array, starts: jax.Array) -> jax.Array:
+    """Stores new [R, T, K, H] at (slots[r], starts[r]) of cache [B, K, S, H]."""
+    if cache.dtype == jnp.uint16:
+        new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    new = new.astype(cache.dtype).transpose(0, 2, 1, 3)
+    zero = jnp.zeros((), slots.dtype)
+    for r in range(new.shape[0]):
+        cache = jax.lax.dynamic_update_slice(cache, new[r : r + 1], (slots[r], zero, starts[r], zero))
+    return cache
+
+
+def _rows(cache: jax.Array, slots: jax.Array) -> jax.Array:
+    """The rows of the given slots: [R, K, S, H]."""
+    rows = [jax.lax.dynamic_slice_in_dim(cache, slots[r], 1) for r in range(slots.shape[0])]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)

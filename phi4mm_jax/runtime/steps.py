@@ -1,0 +1,301 @@
+"""Every compiled program. This is the only file with `jax.jit`.
+
+A program takes the flat leaves of one tower (a tuple dispatches several times faster than a module), merges them
+back inside, and is compiled once per combination of bucketed shapes. Axes: B rows of the batch, R prompts of one
+prefill call, T tokens of a chunk, D width, V vocabulary, M media tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.models.lora import RowAdapters
+from phi4mm_jax.models.phi4mm import Phi4MMModel
+from phi4mm_jax.runtime.kv_cache import LayerCache, cache_shapes, decode_attend, prefill_attend
+from phi4mm_jax.runtime.mesh import replicated, sharding
+from phi4mm_jax.runtime.sampling import Logprobs, SamplingKind, SamplingState, sample
+
+Leaves = tuple[jax.Array, ...]
+
+
+class Weights(NamedTuple):
+    """The placed weights of each tower, flat, in the order of `Steps.abstract`."""
+
+    text: Leaves
+    vision: Leaves
+    audio: Leaves
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass
+class DecodeState:
+    """Everything that decoding carries from step to step, on device; donated to each program and returned."""
+
+    caches: list[LayerCache]
+    tokens: jax.Array  # [B] int32: drawn but not yet in the cache
+    lengths: jax.Array  # [B] int32: positions in the cache
+    use_long: jax.Array  # [B] bool: rope regime
+    active: jax.Array  # [B] bool: rows that want more tokens
+    sampling: SamplingState
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass
+class Drawn:
+    """Tokens drawn by one dispatch: column i of a row is its i-th step, -1 where the row sat out."""
+
+    tokens: jax.Array  # [B, steps] int32
+    logprobs: Logprobs | None  # [B, steps, ...]
+
+
+class Steps:
+    """The programs of one model under one runtime configuration."""
+
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, mesh: Mesh):
+        """Declares the programs; nothing is compiled or allocated before the first call.
+
+        Args:
+          model: the architecture.
+          runtime: dtypes and shapes.
+          mesh: where arrays live.
+        """
+        self.model, self.runtime, self.mesh = model, runtime, mesh
+        self.activation_dtype = jnp.dtype(runtime.dtypes.activations)
+        module = nnx.eval_shape(lambda: Phi4MMModel(model, jnp.dtype(runtime.dtypes.params)))
+        self._towers = {name: _Tower(getattr(module, name)) for name in Weights._fields}
+        compile_step = partial(self._compile, donate=())
+        self.encode_images = compile_step(self._encode_images)
+        self.encode_audio = compile_step(self._encode_audio)
+        self.place_media = self._compile(self._place_media, donate=(0,))
+        self.prefill = self._compile(self._prefill, donate=(1,))
+        self.logits = compile_step(self._logits)
+        self.install = self._compile(self._install, donate=(0,))
+        self.begin = self._compile(self._begin, donate=(1,), static=("kind",))
+        self.decode = self._compile(self._decode, donate=(1,), static=("kind",))
+        self._zeros = jax.jit(self._zeros_like, static_argnames=("batch", "length"))
+
+    def _compile(self, step: Any, donate: tuple[int, ...], static: tuple[str, ...] = ()) -> Any:
+        precision = self.runtime.dtypes.matmul_precision
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with jax.default_matmul_precision(precision):
+                return step(*args, **kwargs)
+
+        traced.__name__ = step.__name__.strip("_")
+        return jax.jit(traced, donate_argnums=donate, static_argnames=static)
+
+    # --- weights ---------------------------------------------------------------------------------------------
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every leaf by its dotted path, with shape, dtype and sharding."""
+        leaves = {}
+        for name, tower in self._towers.items():
+            for path, leaf, axes in zip(tower.paths, tower.leaves, tower.axes, strict=True):
+                placed = sharding(self.mesh, leaf.shape, axes)
+                leaves[f"{name}.{path}"] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+        return leaves
+
+    def pack(self, arrays: Mapping[str, jax.Array]) -> Weights:
+        """Orders placed leaves for the programs."""
+        return Weights(*(tuple(arrays[f"{n}.{p}"] for p in t.paths) for n, t in self._towers.items()))
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def state_shapes(self, batch: int, length: int) -> DecodeState:
+        """Shapes and shardings of the state of `batch` rows with `length` cache positions."""
+        integer, flag = (jax.ShapeDtypeStruct((batch,), d) for d in (jnp.int32, jnp.bool_))
+        rows = DecodeState(
+            caches=[],
+            tokens=integer,
+            lengths=integer,
+            use_long=flag,
+            active=flag,
+            sampling=SamplingState.shapes(batch, self.model.text.vocab_size),
+        )
+        whole = replicated(self.mesh)
+        rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), rows)
+        caches = cache_shapes(self.model.text, self.runtime.dtypes, self.mesh, batch, length)
+        return dataclasses.replace(rows, caches=caches)
+
+    def new_state(self, batch: int, length: int) -> DecodeState:
+        """Allocates an empty state."""
+        return self._zeros(batch=batch, length=length)
+
+    def _zeros_like(self, batch: int, length: int) -> DecodeState:
+        shapes = self.state_shapes(batch, length)
+        return jax.tree.map(lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding), shapes)
+
+    # --- encoders --------------------------------------------------------------------------------------------
+
+    def _encode_images(self, leaves: Leaves, crops: jax.Array, mask: jax.Array, position_ids: jax.Array) -> jax.Array:
+        """Crops [C, 3, S, S] -> [C * tokens_per_crop + 2, D]: all tokens, then the two separators."""
+        vision = self._towers["vision"].merge(leaves)
+        return vision(crops.astype(self.activation_dtype), mask, position_ids)
+
+    def _encode_audio(
+        self, leaves: Leaves, features: jax.Array, frames: jax.Array, num_keys: jax.Array, with_image: jax.Array
+    ) -> jax.Array:
+        """Log-mel features [B, T, mel] -> [B * ceil(T/8), D]."""
+        audio = self._towers["audio"].merge(leaves)
+        tokens = audio(features.astype(self.activation_dtype), frames, num_keys, with_image)
+        return tokens.reshape(-1, tokens.shape[-1])
+
+    def _place_media(self, media: jax.Array, embeddings: jax.Array, index: jax.Array) -> jax.Array:
+        """Fills media [R, T, D] with embeddings [M, D] where index [R, T] is not negative."""
+        return jnp.where((index >= 0)[..., None], embeddings[jnp.maximum(index, 0)].astype(media.dtype), media)
+
+    def empty_media(self, rows: int, length: int) -> jax.Array:
+        """A blank [R, T, D] for `place_media`."""
+        shape = (rows, length, self.model.text.hidden_size)
+        return jax.device_put(np.zeros(shape, self.activation_dtype), replicated(self.mesh))
+
+    # --- decoder ---------------------------------------------------------------------------------------------
+
+    @property
+    def _attention_scale(self) -> float:
+        return self.model.text.head_dim**-0.5
+
+    def _prefill(
+        self,
+        leaves: Leaves,
+        caches: list[LayerCache],
+        tokens: jax.Array,  # [R, T] int32, right-padded
+        media: jax.Array | None,  # [R, T, D], read where `is_media`
+        is_media: jax.Array | None,  # [R, T] bool
+        slots: jax.Array,  # [R] int32: cache row of each prompt
+        starts: jax.Array,  # [R] int32: position of the chunk's first token
+        last: jax.Array,  # [R] int32: index of the chunk's last real token
+        use_long: jax.Array,  # [R] bool
+        adapters: RowAdapters,
+    ) -> tuple[list[LayerCache], jax.Array, jax.Array]:
+        """Appends a chunk of R prompts to their rows.
+
+        Returns:
+          The caches, the hidden states [R, T, D] and those of the last real tokens [R, D].
+        """
+        text = self._towers["text"].merge(leaves)
+        x = text.embed.encode(tokens, self.activation_dtype)
+        if media is not None:
+            x = jnp.where(is_media[..., None], media, x)
+        positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        attend = prefill_attend(
+            slots, starts, scale=self._attention_scale, block_size=self.runtime.engine.prefill_block
+        )
+        hidden, caches = text(x, positions, use_long, adapters, attend, caches)
+        return caches, hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+    def _logits(self, leaves: Leaves, hidden: jax.Array) -> jax.Array:
+        """Hidden states [R, T, D] -> float32 [R, T, V]."""
+        return self._towers["text"].merge(leaves).embed.attend(hidden)
+
+    def _install(self, state: DecodeState, slot: jax.Array, row: SamplingState) -> DecodeState:
+        """Gives row `slot` the settings of a new request."""
+        sampling = jax.tree.map(lambda rows, new: rows.at[slot].set(new), state.sampling, row)
+        return dataclasses.replace(state, sampling=sampling)
+
+    def _begin(
+        self,
+        leaves: Leaves,
+        state: DecodeState,
+        slots: jax.Array,  # [R] int32, equal entries stand for one row
+        hidden: jax.Array,  # [R, D] of each prompt's last token
+        lengths: jax.Array,  # [R] int32: prompt length
+        use_long: jax.Array,  # [R] bool
+        kind: SamplingKind,
+    ) -> tuple[DecodeState, Drawn]:
+        """Draws the token after a prefill and lets the rows decode."""
+        logits = self._towers["text"].merge(leaves).embed.attend(hidden)
+        rows = jax.tree.map(lambda a: a[slots], state.sampling)
+        tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind)
+        put = lambda target, new: target.at[slots].set(new)  # noqa: E731
+        state = dataclasses.replace(
+            state,
+            tokens=put(state.tokens, tokens),
+            lengths=put(state.lengths, lengths),
+            use_long=put(state.use_long, use_long),
+            active=put(state.active, goes_on),
+            sampling=jax.tree.map(put, state.sampling, rows),
+        )
+        return state, Drawn(tokens[:, None], jax.tree.map(lambda a: a[:, None], logprobs))
+
+    def _decode(
+        self,
+        leaves: Leaves,
+        state: DecodeState,
+        keep: jax.Array,  # [B] bool: rows that the host has not ended
+        steps: jax.Array,  # int32: at most this many steps now
+        adapters: RowAdapters,
+        kind: SamplingKind,
+    ) -> tuple[DecodeState, Drawn]:
+        """Decodes up to `steps` tokens of every active row, or until no row can go on.
+
+        A row under the short rope factors that has filled their range sits out until the host has rebuilt it under
+        the long ones.
+        """
+        text = self._towers["text"].merge(leaves)
+        short_range = self.model.text.original_max_position_embeddings
+        state = dataclasses.replace(state, active=state.active & keep)
+        batch = state.tokens.shape[0]
+        width = max(self.runtime.engine.decode_steps, self.runtime.engine.stream_steps)
+
+        def running(state: DecodeState) -> jax.Array:
+            return state.active & (state.use_long | (state.lengths < short_range))
+
+        def go_on(carry: tuple[jax.Array, DecodeState, Drawn]) -> jax.Array:
+            step, state, _ = carry
+            return (step < steps) & jnp.any(running(state))
+
+        def advance(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
+            step, state, drawn = carry
+            runs = running(state)
+            x = text.embed.encode(state.tokens[:, None], self.activation_dtype)
+            attend = decode_attend(state.lengths, runs, scale=self._attention_scale)
+            hidden, caches = text(x, state.lengths[:, None], state.use_long, adapters, attend, state.caches)
+            tokens, goes_on, logprobs, sampling = sample(text.embed.attend(hidden[:, 0]), state.sampling, runs, kind)
+            new = Drawn(jnp.where(runs, tokens, -1), logprobs)
+            drawn = jax.tree.map(
+                lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], step, axis=1),
+                drawn,
+                new,
+            )
+            state = DecodeState(
+                caches=caches,
+                tokens=jnp.where(runs, tokens, state.tokens),
+                lengths=state.lengths + runs.astype(jnp.int32),
+                use_long=state.use_long,
+                active=jnp.where(runs, goes_on, state.active),
+                sampling=sampling,
+            )
+            return step + 1, state, drawn
+
+        logprobs = Logprobs.zeros(batch, width) if kind == "full" else None
+        drawn = Drawn(jnp.full((batch, width), -1, jnp.int32), logprobs)
+        _, state, drawn = jax.lax.while_loop(go_on, advance, (jnp.zeros((), jnp.int32), state, drawn))
+        return state, drawn
+
+
+class _Tower:
+    """One tower's structure: how to turn flat leaves back into the module."""
+
+    def __init__(self, module: nnx.Module):
+        self._graph, state = nnx.split(module)
+        flat = nnx.to_flat_state(state)
+        self.paths = [".".join(map(str, path)) for path, _ in flat]
+        self.leaves = [variable.get_value() for _, variable in flat]
+        self.axes = [variable.get_metadata()["axes"] for _, variable in flat]
+        leaves, self._structure = jax.tree.flatten(state)
+        assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in self.leaves]
+
+    def merge(self, leaves: Leaves) -> Any:
+        """The module around (traced) leaves."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
