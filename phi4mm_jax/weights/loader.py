@@ -1,0 +1,146 @@
+"""Filling a model's leaves from a checkpoint: checked from headers alone, then streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.weights.mapping import RULES, TIED_HEAD, Entry, entries
+from phi4mm_jax.weights.reader import CheckpointError, StoredTensor, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+Placed = TypeVar("Placed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What a load did."""
+
+    num_tensors: int
+    """Tensors read."""
+    num_bytes: int
+    """Their size in the checkpoint."""
+    seconds: float
+    """How long it took."""
+    skipped: Mapping[str, str]
+    """Tensors left unread, each with the reason."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Assignment:
+    """One tensor, the leaf it fills, and the leaf's number format."""
+
+    tensor: StoredTensor
+    entry: Entry
+    dtype: np.dtype
+
+    def value(self) -> np.ndarray:
+        """Reads and converts the tensor."""
+        return self.entry.convert(self.tensor.read(), self.dtype)
+
+
+def load(
+    directory: str | Path,
+    config: ModelConfig,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    place: Callable[[str, np.ndarray], Placed],
+    *,
+    progress: bool = True,
+) -> tuple[dict[str, Placed], LoadReport]:
+    """Reads every leaf of a model from a checkpoint in either layout.
+
+    Host memory holds what has been placed, plus one tensor at a time (two while it is converted).
+
+    Args:
+      directory: see `reader.read_checkpoint`.
+      config: the model's sizes.
+      abstract: dotted path to shape and dtype of every leaf; values arrive in that dtype.
+      place: takes a path and the leaf's value and returns what is to be kept of it, such as a sharded `jax.Array` or
+        a quantized pair. The array is not touched again, so `jax.device_put` may adopt its memory.
+      progress: show a bar on a terminal, or plain lines elsewhere.
+
+    Returns:
+      Path to placed value, in the order of `abstract`; and the report.
+
+    Raises:
+      CheckpointError: before any tensor is read, with every missing, unknown or mis-shaped tensor.
+    """
+    start = time.monotonic()
+    directory = Path(directory)
+    assignments, skipped = _assign(directory, read_checkpoint(directory), config, abstract)
+    placed: dict[str, Placed] = {}
+    for assignment in _with_progress(assignments, progress):
+        placed[assignment.entry.path] = place(assignment.entry.path, assignment.value())
+    report = LoadReport(
+        num_tensors=len(assignments),
+        num_bytes=sum(a.tensor.nbytes for a in assignments),
+        seconds=time.monotonic() - start,
+        skipped=skipped,
+    )
+    logger.info(
+        "%s: %d tensors, %.1f GB in %.1f s; %d tensors skipped",
+        *(directory, report.num_tensors, report.num_bytes / 1e9, report.seconds, len(skipped)),
+    )
+    return {path: placed[path] for path in abstract}, report
+
+
+def _assign(
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[list[_Assignment], dict[str, str]]:
+    """Matches tensors with leaves, in the order in which they lie on disk; also returns the skipped ones' reasons."""
+    rules = (*RULES, TIED_HEAD)
+    tables = [{e.name: e for e in entries(config, layout, rules)} for layout in ("hub", "native")]
+    table = max(tables, key=lambda table: len(table.keys() & tensors.keys()))
+    assignments, skipped, problems = [], {}, []
+    unfilled = set(abstract)
+    for name, tensor in tensors.items():
+        entry = table.get(name)
+        if entry is None:
+            problems.append(f"unknown: {name} {list(tensor.shape)}")
+        elif entry.skipped:
+            skipped[name] = entry.skipped
+        elif tensor.shape != entry.shape:
+            problems.append(f"mis-shaped: {name} is {list(tensor.shape)}, expected {list(entry.shape)}")
+            unfilled.discard(entry.path)
+        elif entry.path not in unfilled or abstract[entry.path].shape != entry.leaf_shape:
+            problems.append(f"no leaf {entry.path} {list(entry.leaf_shape)} in the model for {name}")
+            unfilled.discard(entry.path)
+        else:
+            assignments.append(_Assignment(tensor=tensor, entry=entry, dtype=np.dtype(abstract[entry.path].dtype)))
+            unfilled.discard(entry.path)
+    names = {e.path: e.name for e in table.values()}
+    problems += [f"missing: {names.get(path, '(no tensor in the table)')} for {path}" for path in sorted(unfilled)]
+    if problems:
+        raise CheckpointError.about(directory, sorted(problems))
+    return sorted(assignments, key=lambda a: (a.tensor.file, a.tensor.offset)), skipped
+
+
+def _with_progress(assignments: list[_Assignment], show: bool) -> Iterator[_Assignment]:
+    """Yields the assignments while reporting on standard error how many bytes are done."""
+    total = sum(a.tensor.nbytes for a in assignments)
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not (show and terminal))
+    done, next_line = 0, total / 10
+    with bar:
+        for count, assignment in enumerate(assignments, start=1):
+            yield assignment
+            done += assignment.tensor.nbytes
+            bar.update(assignment.tensor.nbytes)
+            if show and not terminal and done >= min(next_line, total):
+                next_line = done + total / 10
+                line = f"Loading weights: {count} of {len(assignments)} tensors, {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+                print(line, file=sys.stderr, flush=True)
