@@ -1,0 +1,179 @@
+"""The `phi4mm` command. It parses, calls the library and prints; JAX is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from phi4mm_jax.config import parse_settings
+from phi4mm_jax.terminal import TerminalChat, audio_part, conversation, image_part, is_input_error, user_message
+
+if TYPE_CHECKING:
+    from phi4mm_jax.api import Phi4MM
+
+DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; those of the process if None.
+
+    Returns:
+      The exit code: 0, 2 for bad input (argparse exits with it too), 130 after Ctrl-C, 141 when the reader went away.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if "logprobs" in args and not args.json:
+        parser.error("--logprobs needs --json: a stream has no place for them")
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if argv is None and args.command is not _info:
+        _restart_with_large_pages()
+    try:
+        args.command(args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
+        return 141
+    except ValueError as error:
+        if not is_input_error(error):
+            raise
+        print(f"phi4mm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _restart_with_large_pages() -> None:
+    """Restarts the process with a malloc that asks for large pages.
+
+    XLA:CPU allocates big temporaries again and again, and their page faults cost more than some of its products. glibc
+    reads the setting only when a process starts. A GLIBC_TUNABLES of the user's own is left alone.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+# --- arguments -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phi4mm", description="Phi-4-multimodal-instruct in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="answer one prompt, streaming to the terminal")
+    generate.add_argument("prompt", metavar="PROMPT", help="the user's message; - reads it from standard input")
+    generate.add_argument("--image", action="append", default=[], metavar="X", help="picture: path, URL or data: URL")
+    generate.add_argument("--audio", action="append", default=[], metavar="X", help="sound clip: the same")
+    generate.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
+    generate.add_argument(
+        "--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help="with --json: the N likeliest per token"
+    )
+    generate.set_defaults(command=_generate)
+
+    chat = commands.add_parser("chat", help="talk with the model, with /image and /audio")
+    chat.set_defaults(command=_chat)
+
+    info = commands.add_parser("info", help="show architecture, parameters and memory plan; reads no weights")
+    info.add_argument("model", metavar="M", help="checkpoint directory, hub id, or model description (.toml)")
+    info.set_defaults(command=_info)
+
+    for command in (generate, chat):
+        command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="hub id or directory (%(default)s)")
+        command.add_argument("--system", metavar="S", help="system message")
+        _add_sampling(command)
+    for command in (generate, chat, info):
+        command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+        command.add_argument("--config", default="auto", metavar="P", help="preset name or TOML file (%(default)s)")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="K=V", help="change a setting, such as engine.max_batch=8"
+        )
+        command.add_argument("--verbose", action="store_true", help="log what is chosen, loaded and compiled")
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `SamplingParams`; one that is not given leaves its default to the library."""
+    group = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
+    group.add_argument("--temperature", type=float, metavar="F", help="0 takes the likeliest token (the default)")
+    group.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="F", help="sample among the likeliest that sum to F")
+    group.add_argument("--min-p", type=float, metavar="F", help="drop tokens below F times the likeliest")
+    group.add_argument("--presence-penalty", type=float, metavar="F", help="lower every token already written")
+    group.add_argument("--frequency-penalty", type=float, metavar="F", help="the same, for each time it was written")
+    group.add_argument("--repetition-penalty", type=float, metavar="F", help="divide the logits of seen tokens by F")
+    group.add_argument(
+        "--logit-bias", type=_token_bias, action="append", metavar="ID=V", help="add V to the logit of a token id"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    group.add_argument("--stop", action="append", metavar="S", help="end before this text; may be repeated")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of the answer")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="fewest tokens of the answer")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-answer token")
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, equals, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ID=V, such as 200020=-1.5") from None
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the sampling keywords that were given, checked before anything slow begins."""
+    from phi4mm_jax import SamplingParams
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingParams) if f.name in args}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    SamplingParams(**given)
+    return given
+
+
+def _load(args: argparse.Namespace) -> Phi4MM:
+    from phi4mm_jax import Phi4MM
+
+    return Phi4MM.from_pretrained(
+        args.model,
+        revision=args.revision,
+        config=args.config,
+        progress=sys.stderr.isatty(),
+        **parse_settings(args.set),
+    )
+
+
+# --- commands ------------------------------------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace) -> None:
+    sampling = _sampling(args)
+    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    media = [*map(image_part, args.image), *map(audio_part, args.audio)]
+    messages = conversation(args.system, user_message(prompt, media))
+    model = _load(args)
+    if args.json:
+        output = dataclasses.asdict(model.generate(messages, **sampling))
+        print(json.dumps(output, ensure_ascii=False, default=lambda array: array.tolist()))
+        return
+    for piece in model.stream(messages, **sampling):
+        print(piece.text, end="", flush=True)
+    print()
+
+
+def _chat(args: argparse.Namespace) -> None:
+    sampling = _sampling(args)
+    TerminalChat(_load(args), args.system, sampling).run()
+
+
+def _info(args: argparse.Namespace) -> None:
+    raise SystemExit("later")

@@ -1,0 +1,165 @@
+"""Talking to the model in a terminal: messages from what was typed, answers as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi4mm_jax.api import Phi4MM
+
+Message = dict[str, Any]
+Part = dict[str, Any]
+
+HELP = """\
+/image PATH    attach a picture (path or URL) to the next message; may be repeated
+/audio PATH    attach a sound clip to the next message; may be repeated
+/system TEXT   set the system message; without TEXT, remove it
+/clear         forget the conversation and the attachments
+/help          show this
+/quit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+def is_input_error(error: ValueError) -> bool:
+    """Whether an error is one of this package's own, whose message tells the user what to change."""
+    return type(error).__module__.partition(".")[0] == __package__
+
+
+def image_part(source: str) -> Part:
+    """Returns a picture as a message part, decoded once and for all.
+
+    Raises:
+      MediaError: it cannot be read, or is no picture.
+    """
+    from phi4mm_jax.processing.images import load_image
+    from phi4mm_jax.processing.media import MediaLimits
+
+    return {"type": "image", "image": load_image(source, MediaLimits())}
+
+
+def audio_part(source: str) -> Part:
+    """Returns a sound clip as a message part, decoded once and for all.
+
+    Raises:
+      MediaError: it cannot be read, or is no sound.
+    """
+    from phi4mm_jax.processing.audio import load_audio
+    from phi4mm_jax.processing.media import MediaLimits
+
+    return {"type": "audio", "audio": load_audio(source, MediaLimits())}
+
+
+def user_message(text: str, media: Sequence[Part] = ()) -> Message:
+    """Returns a message with the media first; the text may place them elsewhere by tags such as <|image_1|>."""
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+
+
+def conversation(system: str | None, *messages: Message) -> list[Message]:
+    """Returns the messages, after the system message if there is one."""
+    return [{"role": "system", "content": system}, *messages] if system else list(messages)
+
+
+class TerminalChat:
+    """A conversation typed line by line; lines that begin with a slash are commands.
+
+    Args:
+      model: answers, through its `stream`.
+      system: the system message, if any.
+      sampling: keyword arguments of every `stream` call.
+    """
+
+    def __init__(self, model: Phi4MM, system: str | None = None, sampling: Mapping[str, Any] | None = None):
+        self._model = model
+        self._system = system
+        self._sampling = dict(sampling or {})
+        self._messages: list[Message] = []
+        self._media: list[Part] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": lambda source: self._attach(image_part, source),
+            "/audio": lambda source: self._attach(audio_part, source),
+            "/system": self._set_system,
+            "/clear": lambda _: self._clear(),
+            "/help": lambda _: print(HELP),
+        }
+
+    def run(self) -> None:
+        """Reads and answers until /quit or the end of the input."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` line editing and history)
+        print("Type a message. /help lists the commands.")
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n/quit or Ctrl-D leaves.")
+                continue
+            if line == "/quit":
+                return
+            if line:
+                self.handle(line)
+
+    def handle(self, line: str) -> None:
+        """Obeys a command or answers a message; an input error is shown and the conversation stays as it was."""
+        word, _, rest = line.partition(" ")
+        try:
+            if word in self._commands:
+                self._commands[word](rest.strip())
+            elif re.fullmatch("/[a-z]+", word):
+                print(f"unknown command {word}; /help lists the commands")
+            else:
+                self._answer(line)
+        except ValueError as error:
+            if not is_input_error(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+
+    def _attach(self, load: Callable[[str], Part], source: str) -> None:
+        self._media.append(load(source.strip("'\"")))
+        print("Attached to the next message.")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+
+    def _clear(self) -> None:
+        self._messages, self._media = [], []
+
+    def _answer(self, text: str) -> None:
+        question = user_message(text, self._media)
+        self._media = []  # dropped even on an error: a picture that does not fit must not fail every later message
+        messages, answer = [*self._messages, question], ""
+        pieces = self._model.stream(conversation(self._system, *messages), **self._sampling)
+        with _interrupt_flag() as interrupted, contextlib.closing(pieces):
+            for piece in pieces:
+                print(piece.text, end="", flush=True)
+                answer += piece.text
+                if interrupted.is_set():
+                    print(" [stopped]", end="")
+                    break
+        print()
+        self._messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Makes Ctrl-C set a flag, so that the step under way ends cleanly; a second Ctrl-C interrupts for good."""
+    flag = threading.Event()
+
+    def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

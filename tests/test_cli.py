@@ -1,0 +1,332 @@
+"""The command line over a stand-in for the model: how arguments map, what is printed, which exit code."""
+
+import dataclasses
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import phi4mm_jax
+from phi4mm_jax import cli
+from phi4mm_jax.config import ConfigError
+from phi4mm_jax.terminal import TerminalChat
+
+
+@dataclasses.dataclass
+class Usage:
+    prompt_tokens: int = 3
+
+
+@dataclasses.dataclass
+class Output:
+    text: str = "héllo"
+    token_ids: Any = dataclasses.field(default_factory=lambda: np.arange(2))
+    finish_reason: str = "stop"
+    logprobs: None = None
+    usage: Usage = dataclasses.field(default_factory=Usage)
+
+
+@dataclasses.dataclass
+class Piece:
+    text: str
+
+
+class FakeModel:
+    """Records what it is asked and says "Hi there"; `error` is raised by the next call instead."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}
+        self.asked: list[tuple[list, dict[str, Any]]] = []
+        self.error: BaseException | None = None
+        self.closed = 0
+        self.interrupt = False
+
+    def from_pretrained(self, name: str, **options: Any) -> "FakeModel":
+        self.loaded = {"name": name, **options}
+        return self
+
+    def _ask(self, conversation: list, sampling: dict[str, Any]) -> None:
+        self.asked.append((conversation, sampling))
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def generate(self, conversation: list, **sampling: Any) -> Output:
+        self._ask(conversation, sampling)
+        return Output()
+
+    def stream(self, conversation: list, **sampling: Any) -> Iterator[Piece]:
+        try:
+            self._ask(conversation, sampling)
+            yield Piece("Hi")
+            if self.interrupt:
+                signal.raise_signal(signal.SIGINT)
+            yield Piece(" there")
+            yield Piece("!")
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    fake = FakeModel()
+    monkeypatch.setitem(vars(phi4mm_jax), "Phi4MM", fake)
+    return fake
+
+
+def test_generate_streams(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "Hello"]) == 0
+    assert capsys.readouterr().out == "Hi there!\n"
+    assert model.loaded == {
+        "name": "microsoft/Phi-4-multimodal-instruct",
+        "revision": None,
+        "config": "auto",
+        "progress": False,
+    }
+    assert model.asked == [([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], {})]
+
+
+def test_every_option_reaches_the_library(model: FakeModel) -> None:
+    options = "--model M --revision R --config cpu --set engine.max_batch=2 --set dtypes.params=float32 --system S"
+    sampling = (
+        "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --presence-penalty 1 --frequency-penalty -1 "
+        "--repetition-penalty 1.1 --logit-bias 7=-2.5 --logit-bias 8=1 --seed 3 --stop A --stop B --max-tokens 9 "
+        "--min-tokens 2 --ignore-eos"
+    )
+    assert cli.main(["generate", *options.split(), *sampling.split(), "Hello"]) == 0
+    assert model.loaded == {
+        "name": "M",
+        "revision": "R",
+        "config": "cpu",
+        "progress": False,
+        "engine": {"max_batch": 2},
+        "dtypes": {"params": "float32"},
+    }
+    messages, given = model.asked[0]
+    assert messages[0] == {"role": "system", "content": "S"}
+    assert given == {
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "repetition_penalty": 1.1,
+        "logit_bias": {7: -2.5, 8: 1.0},
+        "seed": 3,
+        "stop": ["A", "B"],
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "ignore_eos": True,
+    }
+
+
+def test_json_is_one_object(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--json", "--logprobs", "2", "Hello"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == {
+        "text": "héllo",
+        "token_ids": [0, 1],
+        "finish_reason": "stop",
+        "logprobs": None,
+        "usage": {"prompt_tokens": 3},
+    }
+    assert "é" in out
+    assert model.asked[0][1] == {"logprobs": 2}
+
+
+def test_prompt_from_standard_input(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert cli.main(["generate", "-"]) == 0
+    assert model.asked[0][0][0]["content"][-1]["text"] == "from a pipe"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "a picture.png"
+    Image.new("RGB", (4, 2), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, np.zeros(160, np.float32), 16000)
+    return str(path)
+
+
+def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str) -> None:
+    assert cli.main(["generate", "--audio", clip, "--image", picture, "--image", picture, "What?"]) == 0
+    ((message,), _), parts = model.asked[0], model.asked[0][0][0]["content"]
+    assert message["role"] == "user"
+    assert [part["type"] for part in parts] == ["image", "image", "audio", "text"]
+    assert parts[0]["image"].size == (4, 2)
+    samples, rate = parts[2]["audio"]
+    assert (len(samples), rate) == (160, 16000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--image", "absent.png", "x"], "phi4mm: absent.png: no such file"),
+        (["generate", "--audio", "data:audio/wav,noise", "x"], "phi4mm: data:audio/wav,...: "),
+        (["generate", "--top-p", "2", "x"], "phi4mm: top_p = 2.0: expected"),
+        (["generate", "--set", "engine", "x"], "phi4mm: --set engine: expected section.name=value"),
+    ],
+)
+def test_bad_values_exit_2_before_loading(
+    model: FakeModel, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+    assert not model.loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["generate"], "required: PROMPT"),
+        (["generate", "--temperature", "hot", "x"], "invalid float value: 'hot'"),
+        (["generate", "--logit-bias", "7", "x"], "'7': expected ID=V"),
+        (["generate", "--logprobs", "2", "x"], "--logprobs needs --json"),
+        (["describe"], "invalid choice: 'describe'"),
+    ],
+)
+def test_bad_usage_exits_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_one_line(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.error = ConfigError("the prompt is too long")
+    assert cli.main(["generate", "Hello"]) == 2
+    assert capsys.readouterr().err == "phi4mm: the prompt is too long\n"
+
+
+def test_a_bug_keeps_its_traceback(model: FakeModel) -> None:
+    model.error = ValueError("operands could not be broadcast")
+    with pytest.raises(ValueError, match="broadcast"):
+        cli.main(["generate", "Hello"])
+
+
+def test_ctrl_c_exits_130(model: FakeModel) -> None:
+    model.error = KeyboardInterrupt()
+    assert cli.main(["generate", "Hello"]) == 130
+
+
+def test_help_is_light() -> None:
+    """No JAX, and no restart: the replaced `execv` would show."""
+    code = (
+        "import sys, os, phi4mm_jax.cli as cli\n"
+        "os.execv = lambda *_: sys.exit('restarted')\n"
+        "sys.argv = ['phi4mm', '--help']\n"
+        "try: cli.main()\n"
+        "finally: assert not {'jax', 'numpy'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "generate" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a glibc setting")
+def test_restart_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: restarts.append((path, arguments)))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    cli._restart_with_large_pages()
+    cli._restart_with_large_pages()
+    assert restarts == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+
+
+# --- chat ----------------------------------------------------------------------------------------------------
+
+
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Feeds `input` these lines, then the end of the input."""
+    script = iter([*lines, EOFError])
+
+    def fake_input(_prompt: str) -> str:
+        line = next(script)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", fake_input)
+
+
+def texts(messages: list) -> list[str]:
+    return [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in messages]
+
+
+def test_chat_remembers(model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    type_lines(monkeypatch, "One", "", KeyboardInterrupt, "Two", "/clear", "Three", "/quit", "Never")
+    assert cli.main(["chat", "--system", "Be brief", "--temperature", "0.5"]) == 0
+    assert [texts(messages) for messages, _ in model.asked] == [
+        ["Be brief", "One"],
+        ["Be brief", "One", "Hi there!", "Two"],
+        ["Be brief", "Three"],
+    ]
+    assert all(sampling == {"temperature": 0.5} for _, sampling in model.asked)
+    assert "Hi there!\n" in capsys.readouterr().out
+
+
+def test_chat_survives_an_input_error(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = TerminalChat(model)
+    chat.handle("One")
+    model.error = ConfigError("too long")
+    chat.handle("Two")
+    assert capsys.readouterr().err == "error: too long\n"
+    chat.handle("Three")
+    assert texts(model.asked[-1][0]) == ["One", "Hi there!", "Three"]
+
+
+def test_ctrl_c_stops_only_the_answer(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    chat = TerminalChat(model)
+    model.interrupt = True
+    chat.handle("One")
+    assert capsys.readouterr().out == "Hi there [stopped]\n"
+    assert model.closed == 1 and signal.getsignal(signal.SIGINT) is handler
+    model.interrupt = False
+    chat.handle("Two")
+    assert texts(model.asked[-1][0]) == ["One", "Hi there", "Two"]
+
+
+def test_chat_attaches_to_one_message(
+    model: FakeModel, picture: str, clip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = TerminalChat(model)
+    chat.handle("/image absent.png")
+    assert "error: absent.png: no such file" in capsys.readouterr().err
+    chat.handle(f"/audio {clip}")
+    chat.handle(f"/image '{picture}'")
+    chat.handle("One")
+    chat.handle("Two")
+    first, _, second = model.asked[-1][0]
+    assert [part["type"] for part in first["content"]] == ["audio", "image", "text"]
+    assert [part["type"] for part in second["content"]] == ["text"]
+
+
+def test_chat_commands(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = TerminalChat(model)
+    chat.handle("/system Be kind")
+    chat.handle("/etc/hosts is what?")
+    chat.handle("/system")
+    chat.handle("Two")
+    assert [texts(messages)[0] for messages, _ in model.asked] == ["Be kind", "/etc/hosts is what?"]
+    for line, answer in [("/help", "/image PATH"), ("/wave", "unknown command /wave")]:
+        chat.handle(line)
+        assert answer in capsys.readouterr().out
