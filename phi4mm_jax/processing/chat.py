@@ -1,0 +1,312 @@
+"""OpenAI-style conversations to the parts of a prompt: text, control tokens and the places of media.
+
+The released chat template, written out (phi4mm-reference, section 6):
+
+    <|role|>content<|end|> ... <|assistant|>
+
+A system message's tools follow its content as `<|tool|>[...]<|/tool|>`, an assistant's tool calls follow its content as
+`<|tool_call|>[...]<|/tool_call|>`, and a tool's result is a message of role `tool`, `<|tool|>result<|end|>`, as the
+template gives it.
+
+Media stand where their parts stand in a user's message. If instead the user's text holds tags such as `<|image_1|>`,
+these are the places, taken in order of appearance as in the original; each number may stand once. Nothing else in text
+has a meaning: `<|end|>` in a message is five letters and four signs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from phi4mm_jax.processing.media import MediaLimits, decode_base64
+from phi4mm_jax.processing.prompt import ChatError
+from phi4mm_jax.processing.tokenizer import Control
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+Kind = Literal["image", "audio"]
+TAG = re.compile(r"(<\|(?:image|audio)_\d+\|>)")
+"""The place of a medium in text; the group lets `split` keep the tags."""
+
+
+def tag_kind(tag: str) -> Kind:
+    """Returns what stands at a tag."""
+    return "image" if tag.startswith("<|image") else "audio"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Medium:
+    """A picture or a recording of a conversation, not read yet."""
+
+    kind: Kind
+    """Which of the two."""
+    source: Any
+    """Whatever `load_image` or `load_audio` takes."""
+    where: str
+    """Where it stands in the conversation, for error messages."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rendered:
+    """A conversation, ready to be encoded. The parts, joined, are the text that the released template gives."""
+
+    parts: list[str]
+    """Text and `Control`; a medium's place is the control `<|image_1|>`, `<|audio_1|>`, ..."""
+    images: list[Medium]
+    """In the order of their places."""
+    audios: list[Medium]
+    """In the order of their places."""
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: str | Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    images: Sequence[Any] = (),
+    audios: Sequence[Any] = (),
+    limits: MediaLimits | None = None,
+) -> Rendered:
+    """Renders a conversation.
+
+    Args:
+      messages: mappings with `role` (system, user, assistant, tool) and `content`, a string or a list of parts.
+      tools: tools of the whole conversation, as JSON or as a list; they go to the system message.
+      add_generation_prompt: end with the opening of the assistant's answer; otherwise with the end of text.
+      images: pictures for tags in the text, after those that stand in messages.
+      audios: the same for recordings.
+      limits: on the base64 of `input_audio` parts.
+
+    Raises:
+      ChatError: the conversation is malformed; the message names the place, such as `messages[0].content[1].image_url`.
+      MediaError: an `input_audio` part is not base64 or too large.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ChatError(f"messages: expected a list of messages, got {type(messages).__name__}")
+    if not messages:
+        raise ChatError("messages: the list is empty")
+    named = _with_tools([(f"messages[{i}]", message) for i, message in enumerate(messages)], tools)
+    pieces = [piece for where, message in named for piece in _message(message, where, limits or MediaLimits())]
+    pieces.append(Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
+    return _place(
+        pieces,
+        [Medium("image", source, f"images[{i}]") for i, source in enumerate(images)],
+        [Medium("audio", source, f"audios[{i}]") for i, source in enumerate(audios)],
+    )
+
+
+# --- messages to pieces --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tag:
+    """A tag in a user's text."""
+
+    text: str
+    where: str
+
+    @property
+    def kind(self) -> Kind:
+        return tag_kind(self.text)
+
+
+_Piece = str | Medium | _Tag
+"""What a message consists of; a string is text or a `Control`."""
+
+
+def _with_tools(
+    messages: list[tuple[str, Mapping[str, Any]]], tools: str | Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Puts the conversation's tools into the first system message, or a new one at the beginning."""
+    if not tools:
+        return messages
+    for i, (where, message) in enumerate(messages):
+        if isinstance(message, Mapping) and message.get("role") == "system":
+            if message.get("tools") is not None:
+                raise ChatError(f"{where}.tools: tools are given twice, here and for the whole conversation")
+            return [*messages[:i], (where, {**message, "tools": tools}), *messages[i + 1 :]]
+    return [("tools", {"role": "system", "content": "", "tools": tools}), *messages]
+
+
+def _message(message: Any, where: str, limits: MediaLimits) -> Iterator[_Piece]:
+    if not isinstance(message, Mapping):
+        raise ChatError(f"{where}: expected a mapping with role and content, got {type(message).__name__}")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise ChatError(f"{where}.role is {role!r}; accepted: {', '.join(_ROLES)}")
+    tools, calls = message.get("tools"), message.get("tool_calls")
+    if tools is not None and role != "system":
+        raise ChatError(f"{where}.tools: only a system message may hold tools")
+    if calls and role != "assistant":
+        raise ChatError(f"{where}.tool_calls: only an assistant message may hold tool calls")
+    yield Control(f"<|{role}|>")
+    yield from _content(message, role, where, limits)
+    if tools is not None:
+        yield from (Control("<|tool|>"), _tools_json(tools, f"{where}.tools"), Control("<|/tool|>"))
+    if calls:
+        yield from (Control("<|tool_call|>"), _calls_json(calls, f"{where}.tool_calls"), Control("<|/tool_call|>"))
+    yield Control("<|end|>")
+
+
+def _content(message: Mapping[str, Any], role: str, where: str, limits: MediaLimits) -> Iterator[_Piece]:
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return
+    where = f"{where}.content"
+    if isinstance(content, str):
+        yield from _text(content, role, where)
+    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
+        for j, part in enumerate(content):
+            yield from _part(part, role, f"{where}[{j}]", limits)
+    else:
+        raise ChatError(f"{where}: expected a string or a list of parts, got {_kind_of(content)}")
+
+
+def _text(text: str, role: str, where: str) -> Iterator[_Piece]:
+    if role != "user":
+        yield text
+        return
+    for i, piece in enumerate(TAG.split(text)):  # the odd pieces are the tags
+        yield _Tag(piece, where) if i % 2 else piece
+
+
+def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Piece]:
+    if not isinstance(part, Mapping):
+        raise ChatError(f"{where}: expected a mapping with a type, got {type(part).__name__}")
+    kind = part.get("type")
+    if kind not in _PART_TYPES:
+        raise ChatError(f"{where}.type is {kind!r}; accepted: {', '.join(_PART_TYPES)}")
+    if part.get(kind) is None:
+        raise ChatError(f"{where}: a part of type {kind} needs the key {kind!r}")
+    value, where = part[kind], f"{where}.{kind}"
+    if kind == "text":
+        yield from _text(_string(value, where), role, where)
+    elif role != "user":
+        raise ChatError(f"{where}: pictures and recordings belong in user messages, not in those of role {role}")
+    else:
+        source = _PART_TYPES[kind](value, where, limits)
+        yield Medium("image" if kind.startswith("image") else "audio", source, where)
+
+
+def _url(value: Any, where: str, limits: MediaLimits) -> str:
+    if isinstance(value, Mapping):
+        if "url" not in value:
+            raise ChatError(f"{where}: needs the key 'url'")
+        value, where = value["url"], f"{where}.url"
+    return _string(value, where)
+
+
+def _input_audio(value: Any, where: str, limits: MediaLimits) -> bytes | str:
+    """Returns the bytes; the declared format is not needed, the content tells."""
+    if not isinstance(value, Mapping) or "data" not in value:
+        raise ChatError(f"{where}: expected a mapping with the key 'data' holding base64")
+    data = _string(value["data"], f"{where}.data")
+    return data if data.startswith("data:") else decode_base64(data, limits, f"{where}.data")
+
+
+def _object(value: Any, where: str, limits: MediaLimits) -> Any:
+    return value
+
+
+_PART_TYPES = {
+    "text": None,
+    "image_url": _url,
+    "audio_url": _url,
+    "input_audio": _input_audio,
+    "image": _object,
+    "audio": _object,
+}
+"""How the source of each type of part is found."""
+
+
+def _tools_json(tools: Any, where: str) -> str:
+    """Returns tools as the text that the model knows: plain function descriptions, without OpenAI's wrapping."""
+    if isinstance(tools, str):
+        return tools
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ChatError(f"{where}: expected a list of function descriptions, or one as a JSON string")
+    return _json([tool.get("function", tool) for tool in tools], where)
+
+
+def _calls_json(calls: Any, where: str) -> str:
+    """Returns tool calls as the model writes them, `[{"name": ..., "arguments": {...}}]`."""
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ChatError(f"{where}: expected a list of calls, got {type(calls).__name__}")
+    plain = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ChatError(f"{where}[{i}]: expected a mapping with function.name and function.arguments")
+        arguments = function.get("arguments", {})
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            raise ChatError(f"{where}[{i}].function.arguments: not valid JSON") from None
+        plain.append({"name": function["name"], "arguments": arguments})
+    return _json(plain, where)
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ChatError(f"{where}: cannot be written as JSON ({error})") from None
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ChatError(f"{where}: expected a string, got {_kind_of(value)}")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+# --- pieces to parts and media -------------------------------------------------------------------------------
+
+
+def _place(pieces: list[_Piece], *given: list[Medium]) -> Rendered:
+    """Brings each medium to its place, and joins neighbouring text."""
+    media: dict[Kind, list[Medium]] = {}
+    tagged: dict[Kind, bool] = {}
+    for kind, more in zip(("image", "audio"), given, strict=True):
+        tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
+        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind] + more
+        tagged[kind] = bool(tags)
+        _check_tags(kind, tags, media[kind], more)
+
+    parts: list[str] = []
+    places = {"image": 0, "audio": 0}
+    for piece in pieces:
+        if isinstance(piece, _Tag):
+            parts.append(Control(piece.text))
+        elif isinstance(piece, Medium):
+            if not tagged[piece.kind]:
+                places[piece.kind] += 1
+                parts.append(Control(f"<|{piece.kind}_{places[piece.kind]}|>"))
+        elif isinstance(piece, Control) or not parts or isinstance(parts[-1], Control):
+            parts.append(piece)
+        else:
+            parts[-1] += piece
+    return Rendered([p for p in parts if p], media["image"], media["audio"])
+
+
+def _check_tags(kind: Kind, tags: list[_Tag], media: list[Medium], given: list[Medium]) -> None:
+    """Checks that tags, if there are any, and media are one to one."""
+    seen: set[str] = set()
+    for tag in tags:
+        if tag.text in seen:
+            raise ChatError(f"{tag.where}: {tag.text} stands twice; number the {kind} tags of a conversation 1, 2, ...")
+        seen.add(tag.text)
+    if len(tags) > len(media):
+        tag = tags[len(media)]
+        raise ChatError(f"{tag.where}: {tag.text} has no {kind}; there are {len(tags)} tags for {len(media)} {kind}s")
+    if tags and len(tags) < len(media):
+        where = media[len(tags)].where
+        raise ChatError(f"{where}: no tag for this {kind}; the text has {len(tags)} tags for {len(media)} {kind}s")
+    if given and not tags:
+        raise ChatError(f"{given[0].where}: no tag for this {kind}; write <|{kind}_1|> in a user message")

@@ -1,0 +1,144 @@
+"""The front door of processing: conversations, raw prompts and their media to a `Prompt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.processing.audio import AudioSource, audio_features, load_audio
+from phi4mm_jax.processing.chat import TAG, render, tag_kind
+from phi4mm_jax.processing.images import ImageSource, image_features, load_image
+from phi4mm_jax.processing.media import MediaLimits
+from phi4mm_jax.processing.prompt import AudioFeatures, ImageFeatures, MediaError, Prompt, PromptError
+from phi4mm_jax.processing.tokenizer import Control, Tokenizer
+
+
+class Processor:
+    """Turns what a user hands in into what the model takes; nothing in it changes, so threads may share it."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, limits: MediaLimits | None = None) -> None:
+        """Builds the processor of one checkpoint.
+
+        Raises:
+          PromptError: the tokenizer lacks a placeholder token of the model.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.limits = limits or MediaLimits()
+        self._placeholders: dict[str, Control] = {}
+        for kind, token_id in (("image", config.tokens.image), ("audio", config.tokens.audio)):
+            name = tokenizer.token_name(token_id)
+            if name not in tokenizer.control_ids:
+                raise PromptError(f"the tokenizer has no control token {token_id}, which is the model's {kind} token")
+            self._placeholders[kind] = Control(name)
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path, config: ModelConfig, limits: MediaLimits | None = None) -> Self:
+        """Builds the processor with the tokenizer of a checkpoint directory."""
+        return cls(config, Tokenizer.from_checkpoint(directory), limits)
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        images: Sequence[ImageSource] = (),
+        audios: Sequence[AudioSource] = (),
+    ) -> Prompt:
+        """Builds the prompt of an OpenAI-style conversation; the arguments are those of `chat.render`.
+
+        Raises:
+          ChatError: the conversation is malformed.
+          MediaError: a picture or a recording cannot be used.
+          PromptError: text cannot be encoded.
+        """
+        rendered = render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            images=images,
+            audios=audios,
+            limits=self.limits,
+        )
+        return self._expanded(
+            self.tokenizer.encode_parts(map(self._without_tag, rendered.parts)),
+            [self._image(medium.source, medium.where) for medium in rendered.images],
+            [self._audio(medium.source, medium.where) for medium in rendered.audios],
+        )
+
+    def raw(
+        self,
+        prompt: str | Sequence[int] | np.ndarray,
+        images: Sequence[ImageSource] = (),
+        audios: Sequence[AudioSource] = (),
+    ) -> Prompt:
+        """Builds a prompt without a chat template.
+
+        Args:
+          prompt: text in which control tokens are live and tags such as `<|image_1|>` are the places of media; or ids,
+            used as they are, in which each image and audio token stands as a placeholder.
+          images: pictures, in the order of their places.
+          audios: recordings, in the order of their places.
+
+        Raises:
+          MediaError: a picture or a recording cannot be used.
+          PromptError: placeholders and media do not fit, or an id is outside the vocabulary.
+        """
+        image_features = [self._image(source, f"images[{i}]") for i, source in enumerate(images)]
+        audio_features = [self._audio(source, f"audios[{i}]") for i, source in enumerate(audios)]
+        if isinstance(prompt, str):
+            text = TAG.sub(lambda tag: self._placeholders[tag_kind(tag[0])], prompt)
+            return self._expanded(self.tokenizer.encode(text, allow_special=True), image_features, audio_features)
+        return self._checked(prompt, image_features, audio_features)
+
+    def _without_tag(self, part: str) -> str:
+        """Returns the placeholder token for the place of a medium, and any other part as it is."""
+        is_tag = isinstance(part, Control) and TAG.fullmatch(part)
+        return self._placeholders[tag_kind(part)] if is_tag else part
+
+    def _image(self, source: ImageSource, where: str) -> ImageFeatures:
+        try:
+            return image_features(load_image(source, self.limits), self.config.vision)
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}") from error
+
+    def _audio(self, source: AudioSource, where: str) -> AudioFeatures:
+        try:
+            return audio_features(*load_audio(source, self.limits), self.config.audio)
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}") from error
+
+    def _expanded(self, ids: list[int], images: list[ImageFeatures], audios: list[AudioFeatures]) -> Prompt:
+        """Repeats each placeholder as often as its medium has tokens."""
+        token_ids = np.asarray(ids, np.int32)
+        repeats = np.ones(len(ids), np.intp)
+        for kind, media in (("image", images), ("audio", audios)):
+            places = token_ids == getattr(self.config.tokens, kind)
+            if places.sum() != len(media):
+                raise PromptError(f"the prompt has {places.sum()} {kind} placeholders for {len(media)} {kind}s")
+            repeats[places] = [medium.num_tokens for medium in media]
+        return self._checked(np.repeat(token_ids, repeats), images, audios)
+
+    def _checked(
+        self, ids: Sequence[int] | np.ndarray, images: list[ImageFeatures], audios: list[AudioFeatures]
+    ) -> Prompt:
+        token_ids = np.asarray(ids)
+        if token_ids.ndim != 1 or not token_ids.size:
+            raise PromptError("the prompt is empty" if not token_ids.size else "token ids: expected one flat list")
+        if not np.issubdtype(token_ids.dtype, np.integer):
+            raise PromptError(f"token ids: expected integers, got {token_ids.dtype}")
+        vocabulary = self.config.text.vocab_size
+        if token_ids.min() < 0 or token_ids.max() >= vocabulary:
+            odd = token_ids[(token_ids < 0) | (token_ids >= vocabulary)][0]
+            raise PromptError(f"token id {odd} is outside the vocabulary of 0 to {vocabulary - 1}")
+        for kind, media in (("image", images), ("audio", audios)):
+            found = int((token_ids == getattr(self.config.tokens, kind)).sum())
+            expected = sum(medium.num_tokens for medium in media)
+            if found != expected:
+                raise PromptError(f"the prompt has {found} {kind} tokens, its {len(media)} {kind}s have {expected}")
+        return Prompt(token_ids.astype(np.int32), tuple(images), tuple(audios))
