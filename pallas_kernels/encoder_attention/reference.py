@@ -1,8 +1,12 @@
-"""`encoder_attention` in XLA."""
+"""`encoder_attention` in XLA: as many rows and heads at once as have scores that fit the device."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# Bytes of float32 scores that exist at once. A CPU wants them in its caches; an accelerator wants few large products.
+_SCORE_BYTES = {"cpu": 4 << 20}
+_DEFAULT_SCORE_BYTES = 256 << 20
 
 
 def encoder_attention(
@@ -15,24 +19,51 @@ def encoder_attention(
     key_mask: jax.Array | None,  # [B, T]
 ) -> jax.Array:
     """See `api.encoder_attention`."""
-    dtype = k.dtype
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    t, n = q.shape[1:3]
+    budget = _SCORE_BYTES.get(jax.default_backend(), _DEFAULT_SCORE_BYTES)
+    heads = max(1, budget // (4 * t * t))
+    rows = max(1, heads // n)
+    penalty = None if key_mask is None else jnp.where(key_mask, 0.0, -jnp.inf).astype(jnp.float32)
 
-    def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+    def head(operands: tuple[jax.Array, ...], penalty: jax.Array | None) -> jax.Array:
+        return _attend(*operands, penalty, scale).astype(q.dtype)
 
-    def one(row: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-        queries, keys, values, mask = row
-        scores = scale * dot("tnh,snh->nts", queries.astype(dtype), keys)
-        if bias is not None:
-            scores += bias
-        if mask is not None:
-            scores = jnp.where(mask[None, None, :], scores, -jnp.inf)
-        # A finite floor keeps a row without keys at exp(-inf) = 0 instead of NaN.
-        largest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - largest)
-        total = weights.sum(axis=-1).T[..., None]  # [T, N, 1]
-        out = dot("nts,snh->tnh", weights.astype(dtype), values)
-        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype)
+    def row(operands: tuple[jax.Array, ...]) -> jax.Array:
+        queries, keys, values, penalty = operands  # [N, T, H], [T]
+        return _map(lambda xs: head(xs, penalty), (queries, keys, values, bias), heads)
 
-    return lax.map(one, (q, k, v, key_mask))
+    queries, keys, values = (x.swapaxes(1, 2) for x in (q.astype(k.dtype), k, v))  # [B, N, T, H]
+    return _map(row, (queries, keys, values, penalty), rows).swapaxes(1, 2)
+
+
+def _attend(
+    q: jax.Array,  # [T, H]
+    k: jax.Array,  # [T, H]
+    v: jax.Array,  # [T, H]
+    bias: jax.Array | None,  # [T, T]
+    penalty: jax.Array | None,  # [T]: -inf for a masked key, else 0
+    scale: float,
+) -> jax.Array:
+    """One head of one row: [T, H] in float32."""
+    scores = scale * _dot("th,sh->ts", q, k)
+    if bias is not None:
+        scores += bias
+    if penalty is not None:
+        scores += penalty[None, :]
+    # A finite floor keeps a row without keys at exp(-inf) = 0.
+    weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min))
+    total = weights.sum(axis=-1, keepdims=True)
+    return _dot("ts,sh->th", weights.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
+
+
+def _map(function, operands: tuple[jax.Array | None, ...], at_once: int) -> jax.Array:
+    """Maps over the leading axis, `at_once` elements together; without a loop if that is all of them."""
+    if at_once >= operands[0].shape[0]:
+        return jax.vmap(function)(operands)
+    return lax.map(function, operands, batch_size=at_once if at_once > 1 else None)
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product accumulated in float32, whose float32 operands are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
