@@ -43,8 +43,8 @@ def test_overrides_keep_the_rest_of_the_preset() -> None:
 
 
 def test_settings_are_toml_values() -> None:
-    settings = ["engine.max_batch=8", "engine.batch_buckets=[1, 2]", "dtypes.params=float32", 'dtypes.kv_cache="float16"']
-    sections = parse_settings(settings)
+    values = ["engine.max_batch=8", "engine.batch_buckets=[1, 2]", "dtypes.params=float32", 'dtypes.kv_cache="float16"']
+    sections = parse_settings(values)
     assert sections == {
         "engine": {"max_batch": 8, "batch_buckets": [1, 2]},
         "dtypes": {"params": "float32", "kv_cache": "float16"},
