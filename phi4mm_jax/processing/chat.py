@@ -66,8 +66,6 @@ def render(
     *,
     tools: str | Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-    images: Sequence[Any] = (),
-    audios: Sequence[Any] = (),
     limits: MediaLimits | None = None,
 ) -> Rendered:
     """Renders a conversation.
@@ -76,8 +74,6 @@ def render(
       messages: mappings with `role` (system, user, assistant, tool) and `content`, a string or a list of parts.
       tools: tools of the whole conversation, as JSON or as a list; they go to the system message.
       add_generation_prompt: end with the opening of the assistant's answer; otherwise with the end of text.
-      images: pictures for tags in the text, after those that stand in messages.
-      audios: the same for recordings.
       limits: on the base64 of `input_audio` parts.
 
     Raises:
@@ -91,11 +87,7 @@ def render(
     named = _with_tools([(f"messages[{i}]", message) for i, message in enumerate(messages)], tools)
     pieces = [piece for where, message in named for piece in _message(message, where, limits or MediaLimits())]
     pieces.append(Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
-    return _place(
-        pieces,
-        [Medium("image", source, f"images[{i}]") for i, source in enumerate(images)],
-        [Medium("audio", source, f"audios[{i}]") for i, source in enumerate(audios)],
-    )
+    return _place(pieces)
 
 
 # --- messages to pieces --------------------------------------------------------------------------------------
@@ -269,44 +261,39 @@ def _kind_of(value: Any) -> str:
 # --- pieces to parts and media -------------------------------------------------------------------------------
 
 
-def _place(pieces: list[_Piece], *given: list[Medium]) -> Rendered:
+def _place(pieces: list[_Piece]) -> Rendered:
     """Brings each medium to its place, and joins neighbouring text."""
     media: dict[Kind, list[Medium]] = {}
-    tagged: dict[Kind, bool] = {}
-    for kind, more in zip(("image", "audio"), given, strict=True):
+    for kind in ("image", "audio"):
         tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
-        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind] + more
-        tagged[kind] = bool(tags)
-        _check_tags(kind, tags, media[kind], more)
+        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind]
+        if tags:
+            _check_tags(kind, tags, media[kind])
+            pieces = [p for p in pieces if p not in media[kind]]
 
     parts: list[str] = []
-    places = {"image": 0, "audio": 0}
     for piece in pieces:
         if isinstance(piece, _Tag):
             parts.append(Control(piece.text))
         elif isinstance(piece, Medium):
-            if not tagged[piece.kind]:
-                places[piece.kind] += 1
-                parts.append(Control(f"<|{piece.kind}_{places[piece.kind]}|>"))
+            parts.append(Control(f"<|{piece.kind}_{media[piece.kind].index(piece) + 1}|>"))
         elif isinstance(piece, Control) or not parts or isinstance(parts[-1], Control):
             parts.append(piece)
         else:
             parts[-1] += piece
-    return Rendered([p for p in parts if p], media["image"], media["audio"])
+    return Rendered([part for part in parts if part], media["image"], media["audio"])
 
 
-def _check_tags(kind: Kind, tags: list[_Tag], media: list[Medium], given: list[Medium]) -> None:
-    """Checks that tags, if there are any, and media are one to one."""
+def _check_tags(kind: Kind, tags: list[_Tag], media: list[Medium]) -> None:
+    """Checks that tags and media are one to one."""
     seen: set[str] = set()
     for tag in tags:
         if tag.text in seen:
             raise ChatError(f"{tag.where}: {tag.text} stands twice; number the {kind} tags of a conversation 1, 2, ...")
         seen.add(tag.text)
+    counts = f"there are {len(tags)} {kind} tags in the text and {len(media)} {kind} parts"
     if len(tags) > len(media):
         tag = tags[len(media)]
-        raise ChatError(f"{tag.where}: {tag.text} has no {kind}; there are {len(tags)} tags for {len(media)} {kind}s")
-    if tags and len(tags) < len(media):
-        where = media[len(tags)].where
-        raise ChatError(f"{where}: no tag for this {kind}; the text has {len(tags)} tags for {len(media)} {kind}s")
-    if given and not tags:
-        raise ChatError(f"{given[0].where}: no tag for this {kind}; write <|{kind}_1|> in a user message")
+        raise ChatError(f"{tag.where}: {tag.text} has no {kind}; {counts}")
+    if len(tags) < len(media):
+        raise ChatError(f"{media[len(tags)].where}: no tag for this {kind}; {counts}")

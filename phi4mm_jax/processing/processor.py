@@ -47,8 +47,6 @@ class Processor:
         *,
         tools: str | Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        images: Sequence[ImageSource] = (),
-        audios: Sequence[AudioSource] = (),
     ) -> Prompt:
         """Builds the prompt of an OpenAI-style conversation; the arguments are those of `chat.render`.
 
@@ -57,14 +55,7 @@ class Processor:
           MediaError: a picture or a recording cannot be used.
           PromptError: text cannot be encoded.
         """
-        rendered = render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            images=images,
-            audios=audios,
-            limits=self.limits,
-        )
+        rendered = render(messages, tools=tools, add_generation_prompt=add_generation_prompt, limits=self.limits)
         return self._expanded(
             self.tokenizer.encode_parts(map(self._without_tag, rendered.parts)),
             [self._image(medium.source, medium.where) for medium in rendered.images],
