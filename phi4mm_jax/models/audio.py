@@ -29,7 +29,7 @@ class StridedConv(nnx.Module):
         self.bias = param((channels,), dtype, (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, F, C or 1] -> [B, ceil(T/2), ceil(F/2), C]."""
+        """Maps x [B, T, F, C or 1] to [B, ceil(T/2), ceil(F/2), C]."""
         weight, bias = (w.get_value().astype(jnp.float32) for w in (self.weight, self.bias))
         dtype = x.dtype
         out_length, out_width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
@@ -55,7 +55,7 @@ class Subsampling(nnx.Module):
         self.out = Linear(channels * width, config.hidden_size, dtype)
 
     def __call__(self, x: jax.Array, frames: jax.Array) -> jax.Array:
-        """x [B, T, mel], frames [B] real length -> [B, ceil(T/8), D]; what lies beyond a clip's end is zero.
+        """Maps x [B, T, mel] to [B, ceil(T/8), D]; what lies beyond a clip's `frames` [B] is zero.
 
         Zeroing after each stage makes the end of a clip inside a longer batch equal to the end of an array, where
         the convolution itself pads with zeros.
@@ -86,6 +86,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, T, D] to the same."""
         up, gate = jnp.split(self.gate_up(self.norm(x)), 2, axis=-1)
         return self.down(up * jax.nn.silu(gate))
 
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
         self.out = Linear(config.hidden_size, config.hidden_size, dtype, (None, "heads"))
 
     def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
-        """x [B, T, D], bias [heads, T, T], key_mask [B, T] -> [B, T, D]."""
+        """Maps x [B, T, D] to the same; bias [heads, T, T], key_mask [B, T]."""
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         attended = encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, bias=bias, key_mask=key_mask)
         return self.out(merge_heads(attended))
@@ -118,6 +119,7 @@ class Convolution(nnx.Module):
         self.pointwise_in, self.pointwise_out = Linear(width, width, dtype), Linear(width, width, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, T, D] to the same."""
         up, gate = jnp.split(self.glu(self.norm(x)), 2, axis=-1)
         x = (up + over_rows(value(self.value_bias, x), x)) * jax.nn.silu(gate + over_rows(value(self.gate_bias, x), x))
         return self.pointwise_out(jax.nn.silu(self.pointwise_in(self.depthwise(x))))
@@ -131,7 +133,7 @@ class DepthwiseConv(nnx.Module):
         self.bias = param((channels,), dtype, (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, C] -> [B, T, C]."""
+        """Maps x [B, T, C] to the same."""
         weight, bias = value(self.weight, x), value(self.bias, x)
         taps, length = weight.shape[-1], x.shape[1]
         x = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
@@ -150,6 +152,7 @@ class ConformerLayer(nnx.Module):
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
 
     def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
+        """Maps x [B, T, D] to the same; bias [heads, T, T], key_mask [B, T]."""
         x = x + self.ff_in(x) * 0.5
         x = x + self.attention(self.attention_norm(x), bias, key_mask)
         x = x + self.conv(x)

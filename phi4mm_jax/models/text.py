@@ -71,6 +71,7 @@ class Attention(nnx.Module):
         attend: Attend[LayerCache],
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
+        """Returns the output [B, T, D] and the layer's updated cache; `rope` is of `rotary_table`."""
         batch, length, _ = x.shape
         groups = self.qkv(x, adapters).reshape(batch, length, self.num_kv_heads, -1, self.head_dim)
         q = groups[..., :-2, :].reshape(batch, length, -1, self.head_dim)
@@ -89,6 +90,7 @@ class GatedMLP(nnx.Module):
         self.down = LoraLinear(text.intermediate_size, text.hidden_size, ranks, dtype, (None, "mlp"))
 
     def __call__(self, x: jax.Array, adapters: RowAdapters) -> jax.Array:
+        """Maps x [B, T, D] to the same."""
         groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, 2, -1)
         gate, up = groups[..., 0, :], groups[..., 1, :]
         return self.down((up * jax.nn.silu(gate)).reshape(*x.shape[:2], -1), adapters)
@@ -112,6 +114,7 @@ class DecoderLayer(nnx.Module):
         attend: Attend[LayerCache],
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
+        """As `Attention`, residuals included."""
         out, cache = self.attention(self.input_norm(x), rope, adapters, attend, cache)
         x = x + out
         return x + self.mlp(self.post_attention_norm(x), adapters), cache

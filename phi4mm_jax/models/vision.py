@@ -27,7 +27,7 @@ class Attention(nnx.Module):
         self.out = Linear(config.hidden_size, config.hidden_size, dtype, (None, "heads"))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [C, P, D], mask [C, P] -> [C, P, D]."""
+        """Maps x [C, P, D] to the same; mask [C, P] bool, true for real patches."""
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         attended = merge_heads(encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, key_mask=mask))
         # The shipped flash attention never computes masked queries: only the bias of `out` gets through.
@@ -42,6 +42,7 @@ class MLP(nnx.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, dtype, (None, "mlp"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., D] to the same."""
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
@@ -55,6 +56,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps x [C, P, D] to the same; mask [C, P]."""
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 

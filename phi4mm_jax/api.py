@@ -1,0 +1,282 @@
+"""The Python face: load a checkpoint, then generate, stream, or read logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from phi4mm_jax.answer import Answer, Output, Piece, Usage
+from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.prompt import ChatError, Prompt
+from phi4mm_jax.runtime.buckets import round_up
+from phi4mm_jax.runtime.compilation import enable_persistent_cache
+from phi4mm_jax.runtime.engine import Engine, answer_limit, cache_length
+from phi4mm_jax.runtime.memory import available_memory, plan_memory
+from phi4mm_jax.runtime.mesh import create_mesh
+from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
+from phi4mm_jax.runtime.scoring import score
+from phi4mm_jax.runtime.steps import Steps, Weights
+from phi4mm_jax.weights.hub import resolve
+from phi4mm_jax.weights.loader import load
+
+__all__ = ["Output", "Phi4MM", "Piece", "Usage"]
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+Input = str | Sequence[int] | Sequence[Message]
+"""A raw prompt (control tokens live), token ids (placeholders expanded), or a conversation."""
+
+
+class Phi4MM:
+    """A loaded model."""
+
+    def __init__(self, processor: Processor, steps: Steps, weights: Weights):
+        """Joins the parts; `from_pretrained` is the usual way to get them."""
+        self.processor, self.steps, self.weights = processor, steps, weights
+        self._engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        config: str | Path | RuntimeConfig = "auto",
+        dtype: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        progress: bool = True,
+        **sections: Mapping[str, Any],
+    ) -> Self:
+        """Loads a checkpoint, in the hub's or transformers' layout.
+
+        Args:
+          name: a directory, or a hub id such as "microsoft/Phi-4-multimodal-instruct".
+          revision: branch, tag or commit on the hub.
+          config: "auto" (by device), a preset's name, a TOML file, or a `RuntimeConfig`.
+          dtype: shorthand for `dtypes.params`: "bfloat16", "float16" or "float32". With "float32" everything is.
+          token: hub token; the environment's by default.
+          local_files_only: never go to the network.
+          progress: show progress while loading.
+          **sections: overrides of the configuration: `engine={"max_batch": 4}`.
+
+        Raises:
+          ConfigError: a setting or the checkpoint's config.json is wrong.
+          HubError: the hub cannot be reached or has no such model.
+          CheckpointError: tensors are missing, unknown or mis-shaped.
+          MemoryPlanError: the weights and one row do not fit the device.
+        """
+        runtime = runtime_config(config, dtype, **sections)
+        directory = resolve(str(name), revision=revision, token=token, local_files_only=local_files_only)
+        model = ModelConfig.from_checkpoint(directory)
+        processor = Processor.from_checkpoint(directory, model)
+        mesh = create_mesh(runtime.mesh)
+        enable_persistent_cache()
+        steps = Steps(model, runtime, mesh)
+        abstract = steps.abstract()
+        smallest = plan_memory(model, runtime, abstract, 1, runtime.engine.cache_buckets[0])
+        smallest.check(available_memory(mesh.devices.flat[0]))
+        arrays, _ = load(
+            directory, model, abstract, lambda path, x: jax.device_put(x, abstract[path].sharding), progress=progress
+        )
+        return cls(processor, steps, steps.pack(arrays))
+
+    def generate(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        images: Sequence[Any] | None = None,
+        audios: Sequence[Any] | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> Output | list[Output]:
+        """Answers one input, or a list of inputs together.
+
+        Args:
+          inputs: a conversation (OpenAI-style messages), a raw prompt string, token ids, or a list of these. Rows of
+            a list may mix text, images and speech; more than `engine.max_batch` take turns.
+          images: pictures, in the order of the prompt's placeholders or tags; for a list of inputs, one list per input.
+          audios: recordings, likewise.
+          tools: tools of a conversation, as in the OpenAI API.
+          **sampling: fields of `SamplingParams`; for a list of inputs each may be a list with one value per input.
+
+        Returns:
+          An `Output`, or a list of them in the order of the inputs.
+
+        Raises:
+          SamplingError, ChatError, MediaError, PromptError, RequestError, MemoryPlanError: before anything is run.
+        """
+        called = time.perf_counter()
+        batched = _is_batch(inputs)
+        rows = list(inputs) if batched else [inputs]
+        params = _params_per_row(sampling, len(rows), batched)
+        images, audios = (_media_per_row(m, n, len(rows), batched) for m, n in ((images, "images"), (audios, "audios")))
+        prompts = [self._prompt(*row, tools) for row in zip(rows, images, audios, strict=True)]
+        answers = self._answers(prompts, params, called)
+        for _ in self._run(prompts, params, answers, self.steps.runtime.engine.decode_steps):
+            pass
+        outputs = [answer.output() for answer in answers]
+        return outputs if batched else outputs[0]
+
+    def stream(
+        self,
+        inputs: Input,
+        *,
+        images: Sequence[Any] | None = None,
+        audios: Sequence[Any] | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Answers one input piece by piece. Arguments and errors are those of `generate`.
+
+        Closing the iterator early ends the request.
+        """
+        called = time.perf_counter()
+        params = [SamplingParams(**_known(sampling))]
+        prompts = [self._prompt(inputs, images or (), audios or (), tools)]
+        answers = self._answers(prompts, params, called)
+        return self._pieces(prompts, params, answers)
+
+    def logits(
+        self, prompt: str | Sequence[int], *, images: Sequence[Any] = (), audios: Sequence[Any] = ()
+    ) -> np.ndarray:
+        """Logits of every position of a raw prompt or of token ids.
+
+        Args:
+          prompt: text with live control tokens and media tags, or ids with placeholders expanded.
+          images: pictures, in placeholder order.
+          audios: recordings, in placeholder order.
+
+        Returns:
+          float32 [T, V].
+
+        Raises:
+          MediaError, PromptError, RequestError: before anything is run.
+        """
+        return score(self.steps, self.weights, self.processor.raw(prompt, images=images, audios=audios))
+
+    # --- parts -----------------------------------------------------------------------------------------------
+
+    def _prompt(self, inputs: Input, images: Sequence[Any], audios: Sequence[Any], tools: Any) -> Prompt:
+        if _is_conversation(inputs):
+            return self.processor.conversation(inputs, tools=tools, images=images, audios=audios)
+        if tools is not None:
+            raise ChatError("tools=: go with a conversation; a raw prompt holds them itself")
+        return self.processor.raw(inputs, images=images, audios=audios)
+
+    def _answers(self, prompts: list[Prompt], params: list[SamplingParams], called: float) -> list[Answer]:
+        """Begins the answers, once every request is known to fit."""
+        needed = [
+            cache_length(self.steps, prompt, answer_limit(self.steps, prompt, p))
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+        self._engine = self._engine_for(len(prompts), max(needed))
+        pairs = zip(prompts, params, strict=True)
+        return [Answer(self.processor.tokenizer, prompt, p, called) for prompt, p in pairs]
+
+    def _engine_for(self, rows: int, length: int) -> Engine:
+        """The engine for a batch: the last one if its shape is the same."""
+        runtime = self.steps.runtime
+        batch = min(round_up(rows, runtime.engine.batch_buckets), runtime.engine.max_batch)
+        length = round_up(length, runtime.engine.cache_buckets)
+        if self._engine is not None and (self._engine.batch, self._engine.length) == (batch, length):
+            self._engine.reset()
+            return self._engine
+        self._engine = None  # frees its cache before the next one is planned
+        plan = plan_memory(self.steps.model, runtime, self.steps.abstract(), batch, length)
+        logger.info("%s", plan)
+        plan.check(available_memory(self.steps.mesh.devices.flat[0]), weights_loaded=True)
+        return Engine(self.steps, self.weights, batch, length)
+
+    def _pieces(self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer]) -> Iterator[Piece]:
+        for _, piece in self._run(prompts, params, answers, self.steps.runtime.engine.stream_steps):
+            yield piece
+
+    def _run(
+        self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer], max_steps: int
+    ) -> Iterator[tuple[int, Piece]]:
+        """Drives the engine until all answers are finished; yields (row, piece)."""
+        engine = self._engine
+        ids = [engine.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        try:
+            while engine.busy:
+                for event in engine.step(max_steps):
+                    row = ids.index(event.request)
+                    if answers[row].finish_reason is None:
+                        yield row, answers[row].push(event)
+                        if answers[row].finish_reason:
+                            engine.cancel(event.request)
+        finally:
+            engine.reset()
+
+
+def runtime_config(
+    config: str | Path | RuntimeConfig, dtype: str | None, **sections: Mapping[str, Any]
+) -> RuntimeConfig:
+    """The runtime configuration that `from_pretrained`'s arguments mean, for the devices at hand."""
+    if isinstance(config, RuntimeConfig):
+        runtime = config.override(**sections)
+    elif config == "auto":
+        devices = jax.devices()
+        runtime = RuntimeConfig.auto(devices[0].platform, devices[0].device_kind, len(devices), **sections)
+    else:
+        runtime = RuntimeConfig.load(config, **sections)
+    if dtype is None:
+        return runtime
+    everything = {"activations": dtype, "kv_cache": dtype, "matmul_precision": "highest"} if dtype == "float32" else {}
+    return runtime.override(dtypes={"params": dtype, **everything})
+
+
+def _is_conversation(inputs: Any) -> bool:
+    return not isinstance(inputs, str) and len(inputs) > 0 and isinstance(inputs[0], Mapping)
+
+
+def _is_batch(inputs: Any) -> bool:
+    """Whether this is a list of inputs: its members are strings, conversations or id lists, not messages or ids."""
+    if isinstance(inputs, (str, np.ndarray)):
+        return isinstance(inputs, np.ndarray) and inputs.ndim > 1
+    if not isinstance(inputs, Sequence):
+        raise ChatError(f"inputs: expected a conversation, a string, token ids, or a list of these, got {inputs!r}")
+    return len(inputs) > 0 and not isinstance(inputs[0], (Mapping, int, np.integer))
+
+
+def _known(sampling: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    for name in sampling:
+        if name not in names:
+            raise SamplingError(f"{name}: no such sampling setting; there are {', '.join(names)}")
+    return sampling
+
+
+def _params_per_row(sampling: dict[str, Any], rows: int, batched: bool) -> list[SamplingParams]:
+    """One `SamplingParams` per row; in a batch, a list gives each row its own value."""
+    columns = {}
+    for name, value in _known(sampling).items():
+        own = batched and isinstance(value, (list, tuple))
+        if name == "stop" and own:  # a flat list of strings is shared by all rows
+            own = not all(isinstance(v, str) for v in value)
+        if own and len(value) != rows:
+            raise SamplingError(f"{name}: has {len(value)} values for {rows} inputs")
+        columns[name] = value if own else [value] * rows
+    return [SamplingParams(**{name: column[i] for name, column in columns.items()}) for i in range(rows)]
+
+
+def _media_per_row(media: Sequence[Any] | None, name: str, rows: int, batched: bool) -> list[Sequence[Any]]:
+    if media is None:
+        return [()] * rows
+    if not batched:
+        return [media]
+    if len(media) != rows:
+        raise ChatError(f"{name}: has {len(media)} lists for {rows} inputs; expected one list per input")
+    return [row or () for row in media]
+
+

@@ -1,0 +1,133 @@
+"""Prefill: how prompts become chunks of bucketed shape, several prompts to a call, media put in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from phi4mm_jax.config import EngineConfig
+from phi4mm_jax.models.lora import ADAPTERS
+from phi4mm_jax.processing.prompt import InputMode
+from phi4mm_jax.runtime.buckets import plan_chunks, round_up
+from phi4mm_jax.runtime.encoding import Placement
+from phi4mm_jax.runtime.kv_cache import LayerCache
+from phi4mm_jax.runtime.steps import Steps, Weights
+
+_ADAPTER_OF_MODE = {InputMode.VISION: "vision", InputMode.VISION_SPEECH: "vision", InputMode.SPEECH: "speech"}
+
+
+def adapter_of(mode: InputMode) -> str | None:
+    """The LoRA adapter of a sequence, None for the base weights (phi4mm-reference, 3)."""
+    return _ADAPTER_OF_MODE.get(mode)
+
+
+def adapter_rows(adapters: Sequence[str | None]) -> dict[str, np.ndarray]:
+    """Marks the rows of each adapter that is in use at all."""
+    return {name: np.array([a == name for a in adapters]) for name in ADAPTERS if name in adapters}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefillRow:
+    """One sequence to run through the decoder from its beginning."""
+
+    slot: int
+    """Its cache row."""
+    tokens: np.ndarray
+    """[T] int32."""
+    placements: Sequence[Placement]
+    """Its media; positions beyond a placement's index hold none."""
+    use_long: bool
+    """Its rope regime."""
+    adapter: str | None
+    """Its LoRA adapter."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefillCall:
+    """One call of the prefill step: the same chunk length for R rows."""
+
+    rows: list[PrefillRow]
+    """R rows; those beyond `count` repeat the first, which writes the same values twice."""
+    starts: np.ndarray
+    """[R] int32: position of each chunk."""
+    size: int
+    """Chunk length T."""
+    count: int
+    """How many rows are real."""
+    final: bool
+    """Whether these are their rows' last chunks."""
+
+    @property
+    def slots(self) -> np.ndarray:
+        """[R] int32."""
+        return np.array([row.slot for row in self.rows], np.int32)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[R] int32: tokens of each whole sequence."""
+        return np.array([len(row.tokens) for row in self.rows], np.int32)
+
+    @property
+    def use_long(self) -> np.ndarray:
+        """[R] bool."""
+        return np.array([row.use_long for row in self.rows])
+
+
+def plan_prefill(rows: Sequence[PrefillRow], engine: EngineConfig) -> list[PrefillCall]:
+    """Cuts the rows into chunks and puts chunks of equal length together, up to `prefill_rows` a call."""
+    chunks = []  # (how many chunks the row has had, size, final, start, row)
+    for row in rows:
+        start, plan = 0, plan_chunks(len(row.tokens), engine.prefill_buckets, engine.prefill_padding)
+        for turn, size in enumerate(plan):
+            chunks.append(((turn, size, turn == len(plan) - 1), start, row))
+            start += size
+    calls = []
+    for turn, size, final in sorted({key for key, *_ in chunks}):
+        alike = [(start, row) for key, start, row in chunks if key == (turn, size, final)]
+        for first in range(0, len(alike), engine.prefill_rows):
+            part = alike[first : first + engine.prefill_rows]
+            padded = part + part[:1] * (round_up(len(part), engine.batch_buckets) - len(part))
+            starts = np.array([start for start, _ in padded], np.int32)
+            calls.append(PrefillCall([row for _, row in padded], starts, size, len(part), final))
+    return calls
+
+
+def run_prefill(
+    steps: Steps, weights: Weights, caches: list[LayerCache], call: PrefillCall
+) -> tuple[list[LayerCache], jax.Array, jax.Array]:
+    """Runs one call.
+
+    Returns:
+      The caches (the given ones are donated), hidden states [R, T, D], and those of each last real token [R, D].
+    """
+    tokens = np.full((len(call.rows), call.size), steps.model.tokens.pad, np.int32)
+    for i, (row, start) in enumerate(zip(call.rows, call.starts, strict=True)):
+        part = row.tokens[start : start + call.size]
+        tokens[i, : len(part)] = part
+    media, is_media = _place_media(steps, call)
+    last = np.minimum(call.starts + call.size, call.lengths) - call.starts - 1
+    adapters = adapter_rows([row.adapter for row in call.rows])
+    return steps.prefill(
+        weights.text, caches, tokens, media, is_media, call.slots, call.starts, last, call.use_long, adapters
+    )
+
+
+def _place_media(steps: Steps, call: PrefillCall) -> tuple[jax.Array | None, np.ndarray | None]:
+    """The call's media embeddings [R, T, D] and where they count [R, T]; None for a call without any."""
+    indices: dict[int, tuple[jax.Array, np.ndarray]] = {}  # one entry per encoder call, which rows may share
+    for i, (row, start) in enumerate(zip(call.rows, call.starts, strict=True)):
+        for placement in row.placements:
+            part = placement.index[start : start + call.size]
+            if np.any(part >= 0):
+                blank = np.full((len(call.rows), call.size), -1, np.int32)
+                _, index = indices.setdefault(id(placement.embeddings), (placement.embeddings, blank))
+                index[i, : len(part)] = np.maximum(index[i, : len(part)], part)
+    if not indices:
+        return None, None
+    media = steps.empty_media(len(call.rows), call.size)
+    for embeddings, index in indices.values():
+        media = steps.place_media(media, embeddings, index)
+    return media, np.any([index >= 0 for _, index in indices.values()], axis=0)
