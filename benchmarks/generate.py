@@ -111,8 +111,8 @@ def make_case(name: str, model: Phi4MM) -> Case:
     """Makes the request that a name such as text_256, image_448, image_1344x896 or audio_10s stands for."""
     if match := re.fullmatch(r"text_(\d+)", name):
         count = int(match[1])
-        words = model.processor.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * count, False)
-        return Case(name, list(words[:count]))
+        text = "The quick brown fox jumps over the lazy dog. " * count
+        return Case(name, model.processor.tokenizer.encode(text, allow_special=False)[:count])
     if match := re.fullmatch(r"image_(\d+)(?:x(\d+))?", name):
         image = picture(int(match[1]), int(match[2] or match[1]))
         return Case(name, _message({"type": "image", "image": image}, "What is shown?"), images=1)
@@ -133,9 +133,12 @@ def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
     """Measures one case and returns its row of the table."""
     import jax
 
+    from phi4mm_jax.runtime.encoding import encode_media
+
     def encode() -> None:
         """Reads the media and runs their encoders: what comes before the decoder."""
-        jax.block_until_ready(model.encode_media(case.prompt))
+        (placements,) = encode_media(model.steps, model.weights, [model.processor.conversation(case.prompt)])
+        jax.block_until_ready([placement.embeddings for placement in placements])
 
     def answer(tokens: int) -> Any:
         return model.generate(case.prompt, max_tokens=tokens, ignore_eos=True)
@@ -218,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.max_tokens < 2 or args.repeat < 1:
         parser.error("--max-tokens must be at least 2 and --repeat at least 1")
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # compile times are those of a first run
     print(f"`python {' '.join(sys.orig_argv[1:])}`\n\n{machine()}\n", flush=True)
     for checkpoint, config in itertools.product(args.checkpoints, args.config):
         process = multiprocessing.get_context("spawn").Process(target=run, args=(checkpoint, config, args))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi4mm_jax.config import parse_settings
+from phi4mm_jax.config import ModelConfig, parse_settings
 from phi4mm_jax.terminal import TerminalChat, audio_part, conversation, image_part, is_input_error, user_message
 
 if TYPE_CHECKING:
@@ -176,4 +176,13 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    raise SystemExit("later")
+    from phi4mm_jax.api import runtime_config
+    from phi4mm_jax.info import describe
+    from phi4mm_jax.weights.hub import resolve
+
+    runtime = runtime_config(args.config, None, **parse_settings(args.set))
+    if args.model.endswith(".toml"):
+        model = ModelConfig.from_toml(args.model)
+    else:
+        model = ModelConfig.from_checkpoint(resolve(args.model, revision=args.revision, weights=False))
+    print(describe(model, runtime))

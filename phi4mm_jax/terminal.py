@@ -136,8 +136,10 @@ class TerminalChat:
         question = user_message(text, self._media)
         self._media = []  # dropped even on an error: a picture that does not fit must not fail every later message
         messages, answer = [*self._messages, question], ""
-        pieces = self._model.stream(conversation(self._system, *messages), **self._sampling)
-        with _interrupt_flag() as interrupted, contextlib.closing(pieces):
+        with (
+            _interrupt_flag() as interrupted,
+            contextlib.closing(self._model.stream(conversation(self._system, *messages), **self._sampling)) as pieces,
+        ):
             for piece in pieces:
                 print(piece.text, end="", flush=True)
                 answer += piece.text

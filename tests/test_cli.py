@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -249,6 +250,30 @@ def test_restart_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cli._restart_with_large_pages()
     cli._restart_with_large_pages()
     assert restarts == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+
+
+# --- info ----------------------------------------------------------------------------------------------------
+
+
+def test_info_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    description = Path(__file__).parents[1] / "configs" / "model" / "phi4mm.toml"
+    assert cli.main(["info", str(description), "--config", "tpu_v5e_8", "--set", "engine.max_batch=4"]) == 0
+    out = capsys.readouterr().out
+    assert "32 layers, width 3072" in out and "26 of 27 layers" in out
+    assert re.search(r"^vision adapter +369,098,752 ", out, re.MULTILINE)
+    assert re.search(r"^total +5,543,980,224 ", out, re.MULTILINE)
+    assert "for 4 x 65536 tokens" in out
+
+
+def test_info_of_a_checkpoint(oracle_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(oracle_checkpoint), "--config", "cpu"]) == 0
+    assert "3 layers, width 96" in capsys.readouterr().out
+
+
+def test_info_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(tmp_path), "--config", "cpu"]) == 2
+    assert cli.main(["info", str(tmp_path / "absent.toml")]) == 2
+    assert "config.json" in capsys.readouterr().err
 
 
 # --- chat ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Describes a model and how it would be run, from its configuration alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from jax.sharding import AbstractMesh
+
+from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.runtime.buckets import round_up
+from phi4mm_jax.runtime.memory import GIB, plan_memory
+from phi4mm_jax.runtime.steps import Steps
+
+_COMPONENTS = (  # name, and the leaf paths that the entries before it have left
+    ("embedding and head", r"text\.embed\."),
+    ("vision adapter", r"text\..*\.vision_[ab]"),
+    ("speech adapter", r"text\..*\.speech_[ab]"),
+    ("decoder", r"text\."),
+    ("image projector", r"vision\.projector\."),
+    ("image encoder", r"vision\."),
+    ("speech projectors", r"audio\.\w+_projector\."),
+    ("speech encoder", r"audio\."),
+)
+
+
+def describe(model: ModelConfig, runtime: RuntimeConfig) -> str:
+    """Returns architecture, parameters by component and memory plans, as text of several lines.
+
+    Args:
+      model: the architecture.
+      runtime: any configuration; its devices need not be present.
+    """
+    mesh = AbstractMesh((runtime.mesh.data, runtime.mesh.model), ("data", "model"))
+    abstract = Steps(model, runtime, mesh).abstract()
+    engine = runtime.engine
+    longest = round_up(engine.max_seq_len, engine.cache_buckets)
+    plans = [
+        plan_memory(model, runtime, abstract, batch, length)
+        for batch, length in ((1, engine.cache_buckets[0]), (1, longest), (engine.max_batch, longest))
+    ]
+    parameters, sizes = Counter[str](), Counter[str]()
+    for path, leaf in abstract.items():
+        component = next(name for name, pattern in _COMPONENTS if re.match(pattern, path))
+        parameters[component] += math.prod(leaf.shape)
+        sizes[component] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    rows = [(name, parameters[name], sizes[name]) for name, _ in _COMPONENTS]
+    rows.append(("total", parameters.total(), sizes.total()))
+    return "\n".join(
+        [
+            *_architecture(model),
+            "",
+            f"{'component':<20}{'parameters':>16}{'GiB':>8}",
+            *(f"{name:<20}{count:>16,}{size / GIB:>8.2f}" for name, count, size in rows),
+            "",
+            *map(str, plans),
+        ]
+    )
+
+
+def _architecture(model: ModelConfig) -> Iterator[str]:
+    text, vision, audio = model.text, model.vision, model.audio
+    yield (
+        f"decoder   {text.num_layers} layers, width {text.hidden_size}, MLP {text.intermediate_size}, "
+        f"{text.num_heads} query and {text.num_kv_heads} kv heads of {text.head_dim}, vocabulary {text.vocab_size:,}, "
+        f"context {text.max_position_embeddings:,} (long rope factors from {text.original_max_position_embeddings:,})"
+    )
+    yield (
+        f"images    {vision.num_used_layers} of {vision.num_layers} layers, width {vision.hidden_size}, "
+        f"MLP {vision.intermediate_size}, {vision.num_heads} heads; crops of {vision.image_size} px, "
+        f"{vision.tokens_per_crop} tokens each, at most {vision.max_crops} and the global view"
+    )
+    yield (
+        f"speech    {audio.num_layers} blocks, width {audio.hidden_size}, MLP {audio.intermediate_size}, "
+        f"{audio.num_heads} heads; {audio.input_size} mel bins, one token per {audio.time_reduction} frames"
+    )
+    adapters = (("vision", model.vision_lora), ("speech", model.speech_lora))
+    yield "adapters  " + ", ".join(f"{name} rank {lora.rank} (scale {lora.scale:g})" for name, lora in adapters)
