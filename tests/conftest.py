@@ -1,11 +1,11 @@
 """Test session set-up: a strict JAX on eight host CPU devices, and the optional reference data.
 
-`JAX_PLATFORMS=cuda,cpu pytest -m gpu` (or tpu) runs the tests that need an accelerator. `JAX_COMPILATION_CACHE_DIR=...`
-makes reruns faster; memory analysis and compile counts are the same on a cache hit.
+`JAX_PLATFORMS=cuda,cpu pytest -m gpu` (or tpu) runs the tests that need an accelerator.
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,13 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Reruns compile little. A hit still counts as a compilation and has the same memory analysis. The size limit also
+    # makes JAX lock the directory, so that parallel sessions never read half an entry.
+    cache = Path(tempfile.gettempdir()) / f"phi4mm_jax-tests-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30)}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
