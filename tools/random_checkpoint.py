@@ -3,9 +3,9 @@
     python tools/random_checkpoint.py OUT [--model configs/model/phi4mm.toml] [--layout hub|native] [--seed 0]
                                           [--tokenizer DIR]
 
-The full-size one is 11 GB and takes about a minute; it loads, runs and benchmarks like the released model, whose weights
-need not be downloaded. Weights are normal with variance 1 / fan-in, so that activations stay of order one through all
-layers. A leaf has the same values in both layouts.
+The full-size one is 11 GB and takes about a minute; it loads, runs and benchmarks like the released model, without the
+download. Weights are normal with variance 1 / fan-in, so that activations stay of order one through all layers. A leaf
+has the same values in both layouts.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checkpoints: finding them (`hub`), reading them (`reader`), what goes where (`mapping`) and filling a model (`loader`)."""
+"""Checkpoints: finding one (`hub`), reading it (`reader`), what goes where (`mapping`), filling a model (`loader`)."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import mmap
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +25,10 @@ from phi4mm_jax.weights.reader import CheckpointError, StoredTensor, read_checkp
 logger = logging.getLogger(__name__)
 
 Placed = TypeVar("Placed")
+
+_READERS = 4  # threads; what they hold is not yet placed, so few
+_SCRATCH_BYTES = 4_000_000  # converted at a time
+_SECONDS_PER_LINE = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +54,27 @@ class _Assignment:
     dtype: np.dtype
 
     def value(self) -> np.ndarray:
-        """Reads and converts the tensor."""
-        return self.entry.convert(self.tensor.read(), self.dtype)
+        """Returns the leaf's value: each row is read straight to its place, or is converted on the way there."""
+        tensor, scale = self.tensor, np.float32(self.entry.scale)
+        leaf = _host_buffer(self.entry.leaf_shape, self.dtype)
+        rows = leaf.reshape(tensor.shape[0], -1)
+        step = max(1, _SCRATCH_BYTES // (rows.shape[1] * tensor.dtype.itemsize))
+        for source, target in self.entry.row_moves():
+            if scale == 1 and tensor.dtype == self.dtype:
+                tensor.read_into(rows[target], source.start)
+                continue
+            for done in range(0, source.stop - source.start, step):
+                block = rows[target][done : done + step]
+                scratch = np.empty(block.shape, tensor.dtype)
+                tensor.read_into(scratch, source.start + done)
+                block[...] = scratch if scale == 1 else scratch.astype(np.float32) * scale  # rounds once
+        return leaf
+
+
+def _host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns uninitialised memory of its own pages: JAX on CPU adopts it without a copy, and it is freed at once."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def load(
@@ -60,7 +87,7 @@ def load(
 ) -> tuple[dict[str, Placed], LoadReport]:
     """Reads every leaf of a model from a checkpoint in either layout.
 
-    Host memory holds what has been placed, plus one tensor at a time (two while it is converted).
+    Host memory holds what has been placed, plus a few tensors that are being read ahead.
 
     Args:
       directory: see `reader.read_checkpoint`.
@@ -80,8 +107,8 @@ def load(
     directory = Path(directory)
     assignments, skipped = _assign(directory, read_checkpoint(directory), config, abstract)
     placed: dict[str, Placed] = {}
-    for assignment in _with_progress(assignments, progress):
-        placed[assignment.entry.path] = place(assignment.entry.path, assignment.value())
+    for assignment, value in _with_progress(_read_ahead(assignments), assignments, progress):
+        placed[assignment.entry.path] = place(assignment.entry.path, value)
     report = LoadReport(
         num_tensors=len(assignments),
         num_bytes=sum(a.tensor.nbytes for a in assignments),
@@ -129,18 +156,34 @@ def _assign(
     return sorted(assignments, key=lambda a: (a.tensor.file, a.tensor.offset)), skipped
 
 
-def _with_progress(assignments: list[_Assignment], show: bool) -> Iterator[_Assignment]:
-    """Yields the assignments while reporting on standard error how many bytes are done."""
+def _read_ahead(assignments: Iterable[_Assignment]) -> Iterator[tuple[_Assignment, np.ndarray]]:
+    """Yields each assignment with its leaf's value, in order, while the next few are read in the background."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as readers:
+        pending: deque[tuple[_Assignment, Future[np.ndarray]]] = deque()
+        for assignment in assignments:
+            if len(pending) == _READERS:
+                done, value = pending.popleft()
+                yield done, value.result()
+            pending.append((assignment, readers.submit(assignment.value)))
+        while pending:
+            done, value = pending.popleft()
+            yield done, value.result()
+
+
+def _with_progress(
+    values: Iterable[tuple[_Assignment, np.ndarray]], assignments: Sequence[_Assignment], show: bool
+) -> Iterator[tuple[_Assignment, np.ndarray]]:
+    """Passes the values on, reporting on standard error how many bytes of all the assignments are done."""
     total = sum(a.tensor.nbytes for a in assignments)
     terminal = sys.stderr.isatty()
-    bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not (show and terminal))
-    done, next_line = 0, total / 10
-    with bar:
-        for count, assignment in enumerate(assignments, start=1):
-            yield assignment
+    done, last_line = 0, time.monotonic()
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not (show and terminal)) as bar:
+        for count, (assignment, value) in enumerate(values, start=1):
+            yield assignment, value
             done += assignment.tensor.nbytes
             bar.update(assignment.tensor.nbytes)
-            if show and not terminal and done >= min(next_line, total):
-                next_line = done + total / 10
-                line = f"Loading weights: {count} of {len(assignments)} tensors, {done / 1e9:.2f} of {total / 1e9:.2f} GB"
-                print(line, file=sys.stderr, flush=True)
+            now = time.monotonic()
+            if show and not terminal and (now - last_line > _SECONDS_PER_LINE or count == len(assignments)):
+                last_line = now
+                tensors, size = f"{count} of {len(assignments)} tensors", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+                print(f"Loading weights: {tensors}, {size}", file=sys.stderr, flush=True)

@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
-
 from phi4mm_jax.config import ModelConfig
 
 Layout = Literal["hub", "native"]
@@ -34,7 +32,7 @@ class Rule:
     path: str
     """Leaf of the model, or "" for a tensor that the model does not have."""
     regroup: str = ""
-    """Sizes of the fused parts along the rows, to be cut into one group per key/value head (`regroup`)."""
+    """Sizes of the fused parts along the rows, to be cut into one group per key/value head."""
     adapter: str = ""
     """Adapter whose alpha / rank is multiplied into the tensor."""
     skipped: str = ""
@@ -62,32 +60,23 @@ class Entry:
     skipped: str = ""
     """Why the tensor has no leaf."""
 
-    def convert(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Returns the leaf's value, as `dtype`, of a tensor of `shape`; a view where nothing changes."""
-        array = array.reshape(self.leaf_shape)
-        if self.scale != 1.0:  # in float32, so that the result is rounded once
-            array = array.astype(np.float32)
-            array *= np.float32(self.scale)
-        array = array.astype(dtype, copy=False)
-        return regroup(array, self.parts, self.groups) if self.parts else array
+    def row_moves(self) -> Iterator[tuple[slice, slice]]:
+        """Yields which rows (of the first axis) of the tensor become which rows of the leaf.
 
-
-def regroup(array: np.ndarray, parts: tuple[int, ...], groups: int) -> np.ndarray:
-    """Reorders fused rows so that each of `groups` equal blocks holds its share of every part.
-
-    Tensor parallelism then cuts a fused projection between blocks, and every device has whole heads.
-
-    Args:
-      array: [sum(parts), in].
-      parts: rows of each part, in order; multiples of `groups`.
-      groups: number of blocks.
-
-    Returns:
-      A new array [sum(parts), in]: block 0's rows of part 0, of part 1, ..., then block 1's.
-    """
-    split = np.split(array, np.cumsum(parts)[:-1])
-    blocks = [part.reshape(groups, -1, *array.shape[1:]) for part in split]
-    return np.concatenate(blocks, axis=1).reshape(array.shape)
+        Fused rows are regrouped: block k of the leaf holds the k-th share of every part, so that tensor parallelism
+        cuts between blocks and leaves every device whole heads.
+        """
+        if not self.parts:
+            yield slice(0, self.shape[0]), slice(0, self.shape[0])
+            return
+        shares = [part // self.groups for part in self.parts]
+        target = 0
+        for group in range(self.groups):
+            start = 0
+            for part, share in zip(self.parts, shares, strict=True):
+                source = start + group * share
+                yield slice(source, source + share), slice(target, target + share)
+                start, target = start + part, target + share
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -180,12 +169,8 @@ def _siglip_block() -> tuple[Rule, ...]:
 RULES: tuple[Rule, ...] = (
     _one("model.embed_tokens.weight", "V D", "text.embed.weight"),
     # images
-    _one(
-        _IMAGE + "glb_GN", "1 1 Dv -> Dv", "vision.view_separator", native=_IMAGE + "global_img_feature_extensor"
-    ),
-    _one(
-        _IMAGE + "sub_GN", "1 1 1 Dv -> Dv", "vision.row_separator", native=_IMAGE + "sub_img_feature_extensor"
-    ),
+    _one(_IMAGE + "glb_GN", "1 1 Dv -> Dv", "vision.view_separator", native=_IMAGE + "global_img_feature_extensor"),
+    _one(_IMAGE + "sub_GN", "1 1 1 Dv -> Dv", "vision.row_separator", native=_IMAGE + "sub_img_feature_extensor"),
     *_affine(_SIGLIP + "embeddings.patch_embedding", "Dv 3 p p -> Dv 3*p*p", "vision.patch_embedding"),
     _one(_SIGLIP + "embeddings.position_embedding.weight", "P*P Dv", "vision.position_embedding"),
     *_siglip_block(),

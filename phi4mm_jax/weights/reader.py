@@ -1,7 +1,7 @@
 """A checkpoint directory as a mapping from tensor name to a lazily read tensor.
 
 Only headers are read up front. They are parsed here because a tensor's place in its file is needed, so that it can be
-read straight into memory that the device array may adopt: mapping a 5 GB shard would count as resident memory.
+read straight to where it is wanted: a mapped 5 GB shard would count as resident memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_ALIGNMENT = 64  # bytes; JAX adopts a host array so aligned without a copy
 
 
 class CheckpointError(ValueError):
@@ -58,24 +57,20 @@ class StoredTensor:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """Returns the tensor in fresh memory, aligned so that JAX on CPU can adopt it.
+    def read_into(self, out: np.ndarray, row: int = 0) -> None:
+        """Fills `out` (contiguous, of this dtype) with consecutive rows, of the first axis, from `row` on.
 
         Raises:
           CheckpointError: the file has shrunk since its header was read.
         """
-        memory = np.empty(self.nbytes + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        data = memory[start : start + self.nbytes]
+        bytes_left = memoryview(out.view(np.uint8).reshape(-1))
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            done = 0
-            while done < self.nbytes:  # one call reads at most 2 GiB
-                count = file.readinto(memoryview(data)[done:])
+            file.seek(self.offset + row * (self.nbytes // self.shape[0]))
+            while bytes_left:  # one call reads at most 2 GiB
+                count = file.readinto(bytes_left)
                 if not count:
                     raise CheckpointError(f"{self.file}: ends before byte {self.offset + self.nbytes}")
-                done += count
-        return data.view(self.dtype).reshape(self.shape)
+                bytes_left = bytes_left[count:]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -168,16 +163,19 @@ def _shards(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory}: no such directory; expected a checkpoint directory")
     index = directory / INDEX_NAME
     if index.is_file():
-        return [directory / name for name in index_shards(index)]
+        return [directory / name for name in sorted(set(read_index(index).values()))]
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory}: no *.safetensors files; expected a checkpoint directory")
     return shards
 
 
-def index_shards(index: Path) -> list[str]:
-    """Returns the names of the files that a `model.safetensors.index.json` lists."""
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the map from tensor to file of a `model.safetensors.index.json`."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(file, str) for file in weight_map.values()):
+            return weight_map
     except (ValueError, LookupError, AttributeError, TypeError):
-        raise CheckpointError(f"{index}: damaged; expected JSON with a weight_map from tensor to file") from None
+        pass
+    raise CheckpointError(f"{index}: damaged; expected JSON with a weight_map from tensor to file")
