@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if "logprobs" in args and not args.json:
         parser.error("--logprobs needs --json: a stream has no place for them")
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    if args.verbose:
+        logging.getLogger(__package__).setLevel(logging.INFO)
     if argv is None and args.command is not _info:
         _restart_with_large_pages()
     try:
@@ -163,7 +165,7 @@ def _generate(args: argparse.Namespace) -> None:
     model = _load(args)
     if args.json:
         output = dataclasses.asdict(model.generate(messages, **sampling))
-        print(json.dumps(output, ensure_ascii=False, default=lambda array: array.tolist()))
+        print(json.dumps(output, ensure_ascii=False, default=lambda array: array.tolist()), flush=True)
         return
     for piece in model.stream(messages, **sampling):
         print(piece.text, end="", flush=True)

@@ -39,6 +39,7 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Returns the directory of a checkpoint, after fetching it if needed.
 
@@ -51,6 +52,7 @@ def resolve(
       revision: branch, tag or commit; the default is "main".
       token: access token; the default is the one saved by `hf auth login`.
       local_files_only: fail rather than fetch.
+      weights: whether tensors are needed; without, only configuration and tokenizer are fetched.
 
     Raises:
       HubError: no such directory or repository, no access, or no connection.
@@ -74,9 +76,10 @@ def resolve(
             raise HubError(_explain(error, name, revision)) from error
 
     folder = fetch(_SMALL_FILES, revision)
-    weights = _weight_files(folder)
-    fetch((*_SMALL_FILES, *weights), folder.name)  # the snapshot's commit: a push in between changes nothing
-    missing = [file for file in weights if not (folder / file).exists()]
+    files = _weight_files(folder) if weights else ()
+    if files:
+        fetch((*_SMALL_FILES, *files), folder.name)  # the snapshot's commit: a push in between changes nothing
+    missing = [file for file in files if not (folder / file).exists()]
     if missing:
         raise HubError(f"{name}: {', '.join(missing)} not in {folder}; go online once to fetch what is missing")
     return folder
