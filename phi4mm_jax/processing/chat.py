@@ -169,7 +169,7 @@ def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Pi
     if not isinstance(part, Mapping):
         raise ChatError(f"{where}: expected a mapping with a type, got {type(part).__name__}")
     kind = part.get("type")
-    if kind not in _PART_TYPES:
+    if not isinstance(kind, str) or kind not in _PART_TYPES:
         raise ChatError(f"{where}.type is {kind!r}; accepted: {', '.join(_PART_TYPES)}")
     if part.get(kind) is None:
         raise ChatError(f"{where}: a part of type {kind} needs the key {kind!r}")

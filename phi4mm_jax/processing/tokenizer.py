@@ -128,7 +128,7 @@ class Tokenizer:
     def _encode_text(self, text: str) -> list[int]:
         try:
             return self._bpe.encode(text).ids
-        except UnicodeEncodeError:
+        except TypeError:  # what the package says to a string that UTF-8 cannot hold
             raise PromptError("text holds lone surrogates, which are not Unicode characters") from None
 
 

@@ -50,7 +50,10 @@ def plan(width, height, side, patch, max_crops):
     masked_rows = (target_height - new_height) // patch
     per_side = side // patch
     visible = [
-        [r < rows * per_side - masked_rows and c < columns * per_side - masked_columns for c in range(columns * per_side)]
+        [
+            r < rows * per_side - masked_rows and c < columns * per_side - masked_columns
+            for c in range(columns * per_side)
+        ]
         for r in range(rows * per_side)
     ]
     pooled = [row[0::2] for row in visible[0::2]]
@@ -148,7 +151,9 @@ def write_images():
     arrays = {}
     for name, (width, height) in {"enlarged": (61, 40), "reduced": (150, 230), "tall": (30, 140)}.items():
         image = picture(width, height, len(name))
-        columns, rows, new_width, new_height, masked_columns, masked_rows, _ = plan(width, height, SIDE, PATCH, MAX_CROPS)
+        columns, rows, new_width, new_height, masked_columns, masked_rows, _ = plan(
+            width, height, SIDE, PATCH, MAX_CROPS
+        )
         padded = np.full((rows * SIDE, columns * SIDE, 3), 255, np.uint8)
         padded[:new_height, :new_width] = bilinear(image, new_width, new_height)
         per_side = SIDE // PATCH

@@ -36,7 +36,9 @@ def test_features_equal_the_slow_reference(golden: Path, config: ModelConfig, li
     expected = np.load(golden / "processing_audio.npz")
     clip = load_audio((expected[f"samples_{rate}"], rate), limits)
     features = audio_features(*clip, config.audio)
-    np.testing.assert_allclose(features.features, expected[f"log_mel_{rate}"], atol=2e-4)  # the package rounds frames to float32, as the original
+    np.testing.assert_allclose(
+        features.features, expected[f"log_mel_{rate}"], atol=2e-4
+    )  # the package rounds frames to float32, as the original
     assert features.features.dtype == np.float32
     assert features.seconds == pytest.approx(0.15)
     assert features.num_tokens == 2  # of 13 frames

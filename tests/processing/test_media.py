@@ -1,0 +1,157 @@
+import base64
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phi4mm_jax.processing.media import MediaLimits, describe, read
+from phi4mm_jax.processing.prompt import MediaError
+
+CONTENT = bytes(range(256)) * 4
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves what each path names."""
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        if name == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/content")
+        elif name in ("to_file", "to_ftp"):
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname" if name == "to_file" else "ftp://127.0.0.1/x")
+        elif name == "missing":
+            self.send_response(404)
+        elif name == "short":
+            self.send_response(200)
+            self.send_header("Content-Length", str(2 * len(CONTENT)))
+        else:
+            self.send_response(200)
+        self.end_headers()
+        try:
+            if name in ("content", "short", "with%20space"):
+                self.wfile.write(CONTENT)
+            elif name == "trickle":
+                for _ in range(50):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+        except OSError:
+            pass  # the client gave up, as it should
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a file, with %41 ünusual name"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def test_files_and_bytes(file: Path, limits: MediaLimits) -> None:
+    for source in (file, str(file), file.as_uri(), file.as_uri().replace("file://", "file://localhost")):
+        assert read(source, limits) == CONTENT
+    for source in (CONTENT, bytearray(CONTENT), memoryview(CONTENT)):
+        assert read(source, limits) == CONTENT
+
+
+def test_data_urls(limits: MediaLimits) -> None:
+    encoded = base64.b64encode(CONTENT).decode()
+    assert read(f"data:image/png;base64,{encoded}", limits) == CONTENT
+    assert read(f"DATA:;base64,{encoded[:50]}\n {encoded[50:]}", limits) == CONTENT
+    assert read(f"data:;base64,{encoded.replace('=', '%3D')}", limits) == CONTENT
+    assert read("data:text/plain,a%20b%ff", limits) == b"a b\xff"
+
+
+def test_http(server: str, limits: MediaLimits) -> None:
+    for name in ("content", "moved", "with space"):
+        assert read(f"{server}/{name}", limits) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing", "cannot be fetched .HTTP 404"),
+        ("short", "cannot be fetched .*more expected"),
+        ("trickle", r"cannot be fetched \(more than 0\.3 s"),
+        ("empty", "is empty"),
+        ("to_file", "cannot be fetched"),
+        ("to_ftp", "cannot be fetched"),
+    ],
+)
+def test_http_failures(server: str, name: str, message: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(MediaError, match=message):
+        read(f"{server}/{name}", MediaLimits(timeout_s=0.3))
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/x", "http://", "http://host.invalid/x", "http://[::1/x", "http://a b/"]
+)
+def test_unreachable(url: str) -> None:
+    with pytest.raises(MediaError, match=r"^http.*: cannot be fetched \(.+\)$") as caught:
+        read(url, MediaLimits(timeout_s=2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("/no/such/file.png", "/no/such/file.png: no such file"),
+        ("/", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        ("a\0b", "no such file"),
+        ("x" * 5000, "File name too long"),
+        ("", "no such file|not a regular file"),
+        ("file://elsewhere/a.png", "of this machine"),
+        ("ftp://a/b", "unknown kind of URL; accepted: http, https, file, data"),
+        ("data:image/png;base64", "expected data:"),
+        ("data:image/png;base64,!!!!", "not valid base64"),
+        ("data:,", "is empty"),
+        (b"", "is empty"),
+        (3, "expected a path, a URL or bytes"),
+        (None, "expected a path, a URL or bytes"),
+    ],
+)
+def test_bad_sources(source: object, message: str, limits: MediaLimits) -> None:
+    with pytest.raises(MediaError, match=message):
+        read(source, limits)
+
+
+def test_size_is_limited(server: str, file: Path) -> None:
+    limits = MediaLimits(max_bytes=1000)
+    encoded = base64.b64encode(CONTENT).decode()
+    for source in (CONTENT, file, f"{server}/content", f"data:;base64,{encoded}", "data:," + "a" * 1001):
+        with pytest.raises(MediaError, match=r"larger than the limit of 0\.001 MB"):
+            read(source, limits)
+
+
+def test_local_files_can_be_forbidden(file: Path, server: str) -> None:
+    limits = MediaLimits(local_files=False)
+    for source in (str(file), file, file.as_uri()):
+        with pytest.raises(MediaError, match="local files are not allowed"):
+            read(source, limits)
+    assert read(CONTENT, limits) == read(f"{server}/content", limits) == CONTENT
+
+
+def test_names_in_messages_are_short() -> None:
+    assert describe("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,..."
+    assert len(describe("x" * 1000)) < 210
+    assert describe(b"abc") == "3 bytes"
+    assert describe(7) == "int"
