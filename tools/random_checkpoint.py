@@ -113,22 +113,25 @@ def _stored_name(entry: Entry, file: str) -> str:
     return entry.name.replace(f".{adapter_of(entry.name)}.weight", ".weight") if ADAPTER_FILE in file else entry.name
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Entry], values: RandomValues, bar: tqdm) -> None:
+def shard_header(tensors: dict[str, Entry]) -> bytes:
+    """Returns the bytes that precede the data of a safetensors file; `tensors` are in the order of their data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, entry in sorted(tensors.items()):
+    for name, entry in tensors.items():
         end = offset + _num_bytes(entry)
         header[name] = {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, entry in sorted(tensors.items()):
-            for chunk in values.chunks(entry):
-                file.write(chunk)
-                bar.update(len(chunk))
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_index(files: dict[str, list[Entry]]) -> dict[str, Any]:
+    """Returns the content of `model.safetensors.index.json`."""
+    shards = {name: tensors for name, tensors in files.items() if ADAPTER_FILE not in name}
+    weight_map = {entry.name: name for name, tensors in shards.items() for entry in tensors}
+    total = sum(map(_num_bytes, itertools.chain.from_iterable(shards.values())))
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -182,16 +185,17 @@ def write_checkpoint(
 
 
 def _write_weights(directory: Path, files: dict[str, list[Entry]], values: RandomValues, progress: bool) -> None:
-    shards = {name: tensors for name, tensors in files.items() if ADAPTER_FILE not in name}
-    if len(shards) > 1:
-        weight_map = {entry.name: name for name, tensors in shards.items() for entry in tensors}
-        total = sum(_num_bytes(entry) for entry in itertools.chain.from_iterable(shards.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / INDEX_NAME, index)
-    total = sum(_num_bytes(entry) for entry in itertools.chain.from_iterable(files.values()))
-    with tqdm(total=total, desc=directory.stem, unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, tensors in files.items():
-            _write_safetensors(directory / name, {_stored_name(e, name): e for e in tensors}, values, bar)
+    if "model.safetensors" not in files:
+        _write_json(directory / INDEX_NAME, shard_index(files))
+    total = sum(map(_num_bytes, itertools.chain.from_iterable(files.values())))
+    with tqdm(total=total, desc="Writing", unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, unsorted in files.items():
+            tensors = {_stored_name(e, name): e for e in sorted(unsorted, key=lambda e: e.name)}
+            with (directory / name).open("wb") as file:
+                file.write(shard_header(tensors))
+                for chunk in itertools.chain.from_iterable(map(values.chunks, tensors.values())):
+                    file.write(chunk)
+                    bar.update(len(chunk))
 
 
 # --- configuration files: the inverse of ModelConfig.from_checkpoint -----------------------------------------
