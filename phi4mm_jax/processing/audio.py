@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import numbers
 import os
 import re
 
@@ -52,6 +53,8 @@ def load_audio(source: AudioSource, limits: MediaLimits) -> tuple[np.ndarray, in
     """
     if isinstance(source, tuple):
         name, (samples, rate) = "(samples, rate)", _from_array(source, limits)
+    elif isinstance(source, np.ndarray):
+        raise MediaError("audio: an array needs its sample rate; expected (samples, rate)")
     else:
         name, (samples, rate) = describe(source), _decode(read(source, limits), describe(source), limits)
     if not len(samples):
@@ -138,15 +141,20 @@ def _decimate(samples: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _from_array(source: tuple, limits: MediaLimits) -> tuple[np.ndarray, int]:
-    if len(source) != 2 or isinstance(source[1], bool) or not isinstance(source[1], (int, np.integer, float)):
-        raise MediaError("audio: expected (samples, rate), samples an array and rate a number in Hz")
-    samples, rate = np.asarray(source[0]), int(source[1])
+    if len(source) != 2 or not isinstance(source[1], numbers.Real) or not float(source[1]).is_integer():
+        raise MediaError("audio: expected (samples, rate), samples an array and rate a whole number of Hz")
+    try:
+        samples, rate = np.asarray(source[0]), int(source[1])
+    except ValueError:
+        raise MediaError("audio samples do not form an array; expected [samples] or [samples, channels]") from None
     shape = samples.shape
     samples = np.squeeze(samples) if samples.size > 1 else samples.reshape(-1)
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[0] < samples.shape[1]):
         raise MediaError(f"audio samples have shape {shape}; expected [samples] or [samples, channels]")
-    if rate <= 0 or len(samples) > limits.max_audio_seconds * rate:
-        raise _too_long("(samples, rate)", limits) if rate > 0 else MediaError(f"sample rate {rate}: must be positive")
+    if rate <= 0:
+        raise MediaError(f"sample rate {rate}: must be positive")
+    if len(samples) > limits.max_audio_seconds * rate:
+        raise _too_long("(samples, rate)", limits)
     if np.issubdtype(samples.dtype, np.integer):
         info = np.iinfo(samples.dtype)
         centre, full_scale = (0, -info.min) if info.min else ((info.max + 1) // 2, (info.max + 1) // 2)

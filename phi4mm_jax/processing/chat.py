@@ -66,6 +66,7 @@ def render(
     *,
     tools: str | Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    media: Sequence[Medium] = (),
     limits: MediaLimits | None = None,
 ) -> Rendered:
     """Renders a conversation.
@@ -74,6 +75,7 @@ def render(
       messages: mappings with `role` (system, user, assistant, tool) and `content`, a string or a list of parts.
       tools: tools of the whole conversation, as JSON or as a list; they go to the system message.
       add_generation_prompt: end with the opening of the assistant's answer; otherwise with the end of text.
+      media: more media for tags in the text, after those of the messages.
       limits: on the base64 of `input_audio` parts.
 
     Raises:
@@ -87,7 +89,7 @@ def render(
     named = _with_tools([(f"messages[{i}]", message) for i, message in enumerate(messages)], tools)
     pieces = [piece for where, message in named for piece in _message(message, where, limits or MediaLimits())]
     pieces.append(Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
-    return _place(pieces)
+    return _place(pieces, media)
 
 
 # --- messages to pieces --------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def _input_audio(value: Any, where: str, limits: MediaLimits) -> bytes | str:
     return data if data.startswith("data:") else decode_base64(data, limits, f"{where}.data")
 
 
-def _object(value: Any, where: str, limits: MediaLimits) -> Any:
+def _as_it_is(value: Any, where: str, limits: MediaLimits) -> Any:
     return value
 
 
@@ -208,8 +210,8 @@ _PART_TYPES = {
     "image_url": _url,
     "audio_url": _url,
     "input_audio": _input_audio,
-    "image": _object,
-    "audio": _object,
+    "image": _as_it_is,
+    "audio": _as_it_is,
 }
 """How the source of each type of part is found."""
 
@@ -261,15 +263,18 @@ def _kind_of(value: Any) -> str:
 # --- pieces to parts and media -------------------------------------------------------------------------------
 
 
-def _place(pieces: list[_Piece]) -> Rendered:
+def _place(pieces: list[_Piece], given: Sequence[Medium]) -> Rendered:
     """Brings each medium to its place, and joins neighbouring text."""
     media: dict[Kind, list[Medium]] = {}
     for kind in ("image", "audio"):
         tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
-        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind]
+        apart = [medium for medium in given if medium.kind == kind]
+        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind] + apart
         if tags:
             _check_tags(kind, tags, media[kind])
             pieces = [p for p in pieces if p not in media[kind]]
+        elif apart:
+            raise ChatError(f"{apart[0].where}: no place for this {kind}; write <|{kind}_1|> into a user message")
 
     parts: list[str] = []
     for piece in pieces:

@@ -10,7 +10,7 @@ import numpy as np
 
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.processing.audio import AudioSource, audio_features, load_audio
-from phi4mm_jax.processing.chat import TAG, render, tag_kind
+from phi4mm_jax.processing.chat import TAG, Kind, Medium, render, tag_kind
 from phi4mm_jax.processing.images import ImageSource, image_features, load_image
 from phi4mm_jax.processing.media import MediaLimits
 from phi4mm_jax.processing.prompt import AudioFeatures, ImageFeatures, MediaError, Prompt, PromptError
@@ -47,20 +47,32 @@ class Processor:
         *,
         tools: str | Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        images: Sequence[ImageSource] = (),
+        audios: Sequence[AudioSource] = (),
     ) -> Prompt:
-        """Builds the prompt of an OpenAI-style conversation; the arguments are those of `chat.render`.
+        """Builds the prompt of an OpenAI-style conversation.
+
+        Args:
+          messages: see `chat.render`, as for `tools` and `add_generation_prompt`.
+          tools: tools of the whole conversation.
+          add_generation_prompt: end with the opening of the assistant's answer.
+          images: pictures for tags such as `<|image_1|>` in the text, after those that stand in messages.
+          audios: the same for recordings.
 
         Raises:
           ChatError: the conversation is malformed.
           MediaError: a picture or a recording cannot be used.
           PromptError: text cannot be encoded.
         """
-        rendered = render(messages, tools=tools, add_generation_prompt=add_generation_prompt, limits=self.limits)
-        return self._expanded(
-            self.tokenizer.encode_parts(map(self._without_tag, rendered.parts)),
-            [self._image(medium.source, medium.where) for medium in rendered.images],
-            [self._audio(medium.source, medium.where) for medium in rendered.audios],
+        rendered = render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            media=_media("image", images) + _media("audio", audios),
+            limits=self.limits,
         )
+        ids = self.tokenizer.encode_parts(map(self._without_tag, rendered.parts))
+        return self._expanded(ids, self._features(rendered.images), self._features(rendered.audios))
 
     def raw(
         self,
@@ -80,29 +92,29 @@ class Processor:
           MediaError: a picture or a recording cannot be used.
           PromptError: placeholders and media do not fit, or an id is outside the vocabulary.
         """
-        image_features = [self._image(source, f"images[{i}]") for i, source in enumerate(images)]
-        audio_features = [self._audio(source, f"audios[{i}]") for i, source in enumerate(audios)]
+        features = self._features(_media("image", images)), self._features(_media("audio", audios))
         if isinstance(prompt, str):
             text = TAG.sub(lambda tag: self._placeholders[tag_kind(tag[0])], prompt)
-            return self._expanded(self.tokenizer.encode(text, allow_special=True), image_features, audio_features)
-        return self._checked(prompt, image_features, audio_features)
+            return self._expanded(self.tokenizer.encode(text, allow_special=True), *features)
+        return self._checked(prompt, *features)
 
     def _without_tag(self, part: str) -> str:
         """Returns the placeholder token for the place of a medium, and any other part as it is."""
         is_tag = isinstance(part, Control) and TAG.fullmatch(part)
         return self._placeholders[tag_kind(part)] if is_tag else part
 
-    def _image(self, source: ImageSource, where: str) -> ImageFeatures:
-        try:
-            return image_features(load_image(source, self.limits), self.config.vision)
-        except MediaError as error:
-            raise MediaError(f"{where}: {error}") from error
-
-    def _audio(self, source: AudioSource, where: str) -> AudioFeatures:
-        try:
-            return audio_features(*load_audio(source, self.limits), self.config.audio)
-        except MediaError as error:
-            raise MediaError(f"{where}: {error}") from error
+    def _features(self, media: Sequence[Medium]) -> list[Any]:
+        """Reads media; an error says where in the input it lies."""
+        features = []
+        for medium in media:
+            try:
+                if medium.kind == "image":
+                    features.append(image_features(load_image(medium.source, self.limits), self.config.vision))
+                else:
+                    features.append(audio_features(*load_audio(medium.source, self.limits), self.config.audio))
+            except MediaError as error:
+                raise MediaError(f"{medium.where}: {error}") from error
+        return features
 
     def _expanded(self, ids: list[int], images: list[ImageFeatures], audios: list[AudioFeatures]) -> Prompt:
         """Repeats each placeholder as often as its medium has tokens."""
@@ -118,7 +130,10 @@ class Processor:
     def _checked(
         self, ids: Sequence[int] | np.ndarray, images: list[ImageFeatures], audios: list[AudioFeatures]
     ) -> Prompt:
-        token_ids = np.asarray(ids)
+        try:
+            token_ids = np.asarray(ids)
+        except ValueError:
+            raise PromptError("token ids: expected one flat list") from None
         if token_ids.ndim != 1 or not token_ids.size:
             raise PromptError("the prompt is empty" if not token_ids.size else "token ids: expected one flat list")
         if not np.issubdtype(token_ids.dtype, np.integer):
@@ -133,3 +148,9 @@ class Processor:
             if found != expected:
                 raise PromptError(f"the prompt has {found} {kind} tokens, its {len(media)} {kind}s have {expected}")
         return Prompt(token_ids.astype(np.int32), tuple(images), tuple(audios))
+
+
+def _media(kind: Kind, sources: Sequence[Any]) -> list[Medium]:
+    if not isinstance(sources, (list, tuple)):
+        raise MediaError(f"{kind}s: expected a list of sources, got {type(sources).__name__}")
+    return [Medium(kind, source, f"{kind}s[{i}]") for i, source in enumerate(sources)]

@@ -36,9 +36,8 @@ def test_features_equal_the_slow_reference(golden: Path, config: ModelConfig, li
     expected = np.load(golden / "processing_audio.npz")
     clip = load_audio((expected[f"samples_{rate}"], rate), limits)
     features = audio_features(*clip, config.audio)
-    np.testing.assert_allclose(
-        features.features, expected[f"log_mel_{rate}"], atol=2e-4
-    )  # the package rounds frames to float32, as the original
+    # the package rounds frames and spectra to float32, as the original does
+    np.testing.assert_allclose(features.features, expected[f"log_mel_{rate}"], atol=2e-4)
     assert features.features.dtype == np.float32
     assert features.seconds == pytest.approx(0.15)
     assert features.num_tokens == 2  # of 13 frames
@@ -131,6 +130,9 @@ def test_integer_samples(limits: MediaLimits, dtype: str, scale: int, offset: in
         ((np.zeros(500, bool), 16_000), "bool; expected"),
         ((16_000, np.zeros(500)), "expected \\(samples, rate\\)"),
         ((np.zeros(500), 0), "must be positive"),
+        ((np.zeros(500), float("nan")), "whole number of Hz"),
+        (([0.0, [1.0]], 16_000), "do not form an array"),
+        (np.zeros(500), "needs its sample rate"),
         (b"", "is empty"),
         (b"no audio " * 50, "not an audio file"),
         (b"\0\0\0\x20ftypM4A " + bytes(100), "MP4/M4A"),

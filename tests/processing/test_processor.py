@@ -77,6 +77,7 @@ def test_raw_text_and_ids(processor: Processor) -> None:
         ("", [], "prompt is empty"),
         ([], [], "prompt is empty"),
         ([[1, 2]], [], "one flat list"),
+        ([1, [2, 3]], [], "one flat list"),
         ([1.5], [], "expected integers, got float64"),
         ([1, 512], [], "token id 512 is outside the vocabulary of 0 to 511"),
         ([-1], [], "token id -1 is outside"),
@@ -95,6 +96,20 @@ def test_messages_say_where(processor: Processor) -> None:
         processor.raw("<|audio_1|><|audio_2|>", audios=[CLIP, (np.zeros(16), 16_000)])
     with pytest.raises(ChatError, match=r"messages\[0\]\.role"):
         processor.conversation([{"role": "robot", "content": ""}])
+
+
+def test_media_given_apart_take_the_tags(processor: Processor) -> None:
+    content = [{"type": "text", "text": "<|image_1|> or <|image_2|>?"}, {"type": "image", "image": PICTURE}]
+    prompt = processor.conversation([{"role": "user", "content": content}], images=[Image.new("RGB", (112, 56))])
+    assert [image.num_tokens for image in prompt.images] == [13, 17]
+    with pytest.raises(
+        ChatError, match=r"^audios\[0\]: no place for this audio; write <.audio_1.> into a user message"
+    ):
+        processor.conversation([{"role": "user", "content": "?"}], audios=[CLIP])
+    with pytest.raises(MediaError, match="^images: expected a list of sources, got str$"):
+        processor.raw("<|image_1|>", images="picture.png")
+    with pytest.raises(MediaError, match=r"^audios\[0\]: audio: an array needs its sample rate"):
+        processor.raw("<|audio_1|>", audios=CLIP)
 
 
 def test_limits_reach_the_media(config: ModelConfig, golden: Path) -> None:
