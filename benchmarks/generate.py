@@ -59,6 +59,10 @@ class Cost:
     def __truediv__(self, count: float) -> Cost:
         return Cost(self.wall / count, self.cpu / count)
 
+    def rate(self, count: float) -> str:
+        """Returns `count` per second of wall time; a difference of two costs may be lost in noise."""
+        return f"{count / self.wall:.3g}" if self.wall > 0 else "noise"
+
 
 def repeated(run: Callable[[], Any], repeat: int) -> tuple[Cost, Cost]:
     """Returns the medians of `repeat` calls, and what the call before them, which compiles, cost on top."""
@@ -151,7 +155,7 @@ def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
     prefill, decode = first_token - media, (whole - first_token) / (max_tokens - 1)
     compiled = media_compile.wall + compile_prefill.wall + compile_decode.wall
     if case.images:
-        rate = f"{case.images / media.wall:.3g} images/s"
+        rate = f"{media.rate(case.images)} images/s"
     else:
         rate = f"{media.wall / case.audio_seconds:.3g} s per s" if case.audio_seconds else "-"
     cells = [
@@ -159,9 +163,9 @@ def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
         f"{prompt_tokens}",
         rate,
         f"{media.cpu:.2f}" if has_media else "-",
-        f"{prompt_tokens / prefill.wall:.3g}",
+        prefill.rate(prompt_tokens),
         f"{prefill.cpu:.2f}",
-        f"{1 / decode.wall:.3g}",
+        decode.rate(1),
         f"{decode.cpu:.3f}",
         f"{first_token.wall:.2f}",
         f"{compiled:.1f}",
@@ -187,8 +191,8 @@ def run(checkpoint: str, config: str, args: argparse.Namespace) -> None:
     (model,) = loaded
     settings = "".join(f", {setting}" for setting in args.set)
     print(f"### {os.path.basename(os.path.normpath(checkpoint))}, config {config}{settings}\n")
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}. Loading: {load.wall:.1f} s, {load.cpu:.1f} CPU-s, ")
-    print(f"peak memory {peak_memory()}.\n\n{HEADER}", flush=True)
+    loading = f"Loading: {load.wall:.1f} s, {load.cpu:.1f} CPU-s, peak memory {peak_memory()}"
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}. {loading}.\n\n{HEADER}", flush=True)
     for name in args.cases.split(","):
         print(run_case(model, make_case(name, model), args.max_tokens, args.repeat), flush=True)
     print(f"\nPeak memory of the whole run: {peak_memory()}.\n", flush=True)
