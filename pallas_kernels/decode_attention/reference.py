@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import blockwise
 
-BLOCK_SIZE = 512
+# Keys that are read at once. On a CPU a block should stay in the caches; an accelerator wants few steps.
+_BLOCK_SIZE = {"cpu": 256}
+_DEFAULT_BLOCK_SIZE = 1024
 
 
 def decode_attention(
@@ -20,5 +22,6 @@ def decode_attention(
     b, n, h = q.shape
     group = n // k.shape[1]
     positions = jnp.broadcast_to(lengths[:, None] - 1, (b, group))
-    out = blockwise.attend(q.reshape(b, -1, group, h), positions, k, v, scale=scale, block_size=BLOCK_SIZE)
+    block_size = _BLOCK_SIZE.get(jax.default_backend(), _DEFAULT_BLOCK_SIZE)
+    out = blockwise.attend(q.reshape(b, -1, group, h), positions, k, v, scale=scale, block_size=block_size)
     return out.reshape(b, n, h).astype(q.dtype)

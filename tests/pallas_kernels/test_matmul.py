@@ -1,0 +1,41 @@
+"""`matmul` against numpy, and that no copy of the weight is made."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.matmul import matmul
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1, 7), (3, 7), (2, 5, 7)])
+@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("x_dtype", "out_dtype"), [("float32", None), ("bfloat16", None), ("bfloat16", "float32")])
+def test_matches_numpy(shape, w_dtype, x_dtype, out_dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), x_dtype)
+    w = jnp.asarray(rng.normal(size=(11, 7)), w_dtype)
+    y = matmul(x, w, out_dtype=out_dtype, precision="highest")
+    expected = np.asarray(x.astype(w.dtype), np.float64) @ np.asarray(w, np.float64).T
+    assert y.shape == expected.shape
+    assert y.dtype == (out_dtype or x_dtype)
+    tolerance = 2**-8 if y.dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (8,), (64,), (256,), (512,), (1, 1), (1, 256), (2, 1), (2, 128)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_is_not_copied(shape, dtype):
+    out_features, in_features = 2048, 2048
+    x = jax.ShapeDtypeStruct((*shape, in_features), dtype)
+    w = jax.ShapeDtypeStruct((out_features, in_features), jnp.bfloat16)
+    temporaries = jax.jit(matmul).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    rows = math.prod(shape) + 1
+    assert temporaries <= 4 * rows * (in_features + out_features) + 1024 < 4 * w.size
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"matmul: x \[..., K\] and w \[N, K\] expected, got \(2, 3\) and \(4, 5\)"):
+        matmul(jnp.ones((2, 3)), jnp.ones((4, 5)))
