@@ -26,7 +26,9 @@ AudioSource = str | os.PathLike | bytes | tuple[np.ndarray, int]
 
 _ACCEPTED = "accepted: WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF"
 _RATE = 16_000
+"""What audio is brought to, in Hz."""
 _MAX_RATE = 384_000
+"""Highest rate that is accepted, in Hz."""
 _FRAMINGS = {16_000: (400, 160, 512), 8_000: (200, 80, 256)}
 """Window, hop and FFT length in samples, by rate."""
 _BLOCK = 4096
@@ -83,7 +85,11 @@ def audio_features(samples: np.ndarray, rate: int, config: AudioConfig) -> Audio
 
 
 def resample(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
-    """Brings samples to a rate that features are defined for: 8 kHz stays, everything else becomes 16 kHz."""
+    """Brings samples to a rate that features are defined for: 8 kHz stays, everything else becomes 16 kHz.
+
+    Raises:
+      MediaError: the rate is below 8 kHz or absurdly high.
+    """
     if rate in _FRAMINGS:
         return samples, rate
     if not min(_FRAMINGS) < rate <= _MAX_RATE:
