@@ -25,6 +25,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+_MAX_HEADER_BYTES = 100_000_000  # of the format
 
 
 class CheckpointError(ValueError):
@@ -89,7 +90,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise CheckpointError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
-            if len(start) < 8 or size < 8 + length:
+            if len(start) < 8 or size < 8 + length or length > _MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes hold no whole header)")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -148,9 +149,10 @@ def read_checkpoint(directory: str | Path) -> dict[str, StoredTensor]:
 
     for path in _shards(directory):
         add(path)
-    for adapter in set(ADAPTERS) - {adapter_of(name) for name in tensors}:
+    in_shards = {adapter_of(name) for name in tensors}
+    for adapter in ADAPTERS:
         path = directory / f"{adapter}-lora" / ADAPTER_FILE
-        if path.is_file():
+        if adapter not in in_shards and path.is_file():
             add(path, adapter)
     if problems:
         raise CheckpointError.about(directory, problems)

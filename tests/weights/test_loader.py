@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -236,10 +237,7 @@ def test_peak_memory(tool: ModuleType, small: ModelConfig, tmp_path: Path, dtype
     """Peak host memory is what is placed, and little more: no second copy, not even of the largest tensor."""
     text = {"vocab_size": 20_000, "hidden_size": 1152, "intermediate_size": 3072, "num_layers": 6, "num_heads": 48}
     factors = {"short_factor": (1.0,) * 9, "long_factor": (1.0,) * 9}
-    config = small.__class__(
-        **{field: getattr(small, field) for field in small.__dataclass_fields__ if field != "text"},
-        text=small.text.__class__(**vars(small.text) | text | factors),
-    )
+    config = dataclasses.replace(small, text=dataclasses.replace(small.text, **text, **factors))
     tool.write_checkpoint(tmp_path / "checkpoint", config)
     arguments = [sys.executable, "-c", PEAK, str(tmp_path / "checkpoint"), dtype]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
