@@ -188,3 +188,7 @@ def _info(args: argparse.Namespace) -> None:
     else:
         model = ModelConfig.from_checkpoint(resolve(args.model, revision=args.revision, weights=False))
     print(describe(model, runtime))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -161,7 +161,7 @@ def picture(tmp_path: Path) -> str:
 @pytest.fixture
 def clip(tmp_path: Path) -> str:
     path = tmp_path / "clip.wav"
-    soundfile.write(path, np.zeros(160, np.float32), 16000)
+    soundfile.write(path, np.zeros(1600, np.float32), 16000)
     return str(path)
 
 
@@ -172,7 +172,7 @@ def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str) -
     assert [part["type"] for part in parts] == ["image", "image", "audio", "text"]
     assert parts[0]["image"].size == (4, 2)
     samples, rate = parts[2]["audio"]
-    assert (len(samples), rate) == (160, 16000)
+    assert (len(samples), rate) == (1600, 16000)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,18 @@ def test_restart_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cli._restart_with_large_pages()
     cli._restart_with_large_pages()
     assert restarts == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+
+
+def test_a_real_model_answers(
+    oracle_checkpoint: Path, picture: str, clip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = ["--max-tokens", "3", "--logprobs", "1", "--ignore-eos"]
+    media = ["--image", picture, "--audio", clip]
+    assert cli.main(["generate", "--model", str(oracle_checkpoint), "--json", *sampling, *media, "Hello"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 3
+    assert answer["finish_reason"] == "length"
+    assert answer["usage"]["image_tokens"] > 0 and answer["usage"]["audio_tokens"] > 0
 
 
 # --- info ----------------------------------------------------------------------------------------------------
