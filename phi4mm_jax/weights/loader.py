@@ -138,17 +138,17 @@ def _assign(
         entry = table.get(name)
         if entry is None:
             problems.append(f"unknown: {name} {list(tensor.shape)}")
-        elif entry.skipped:
+            continue
+        if entry.skipped:
             skipped[name] = entry.skipped
-        elif tensor.shape != entry.shape:
+            continue
+        if tensor.shape != entry.shape:
             problems.append(f"mis-shaped: {name} is {list(tensor.shape)}, expected {list(entry.shape)}")
-            unfilled.discard(entry.path)
         elif entry.path not in unfilled or abstract[entry.path].shape != entry.leaf_shape:
             problems.append(f"no leaf {entry.path} {list(entry.leaf_shape)} in the model for {name}")
-            unfilled.discard(entry.path)
         else:
             assignments.append(_Assignment(tensor=tensor, entry=entry, dtype=np.dtype(abstract[entry.path].dtype)))
-            unfilled.discard(entry.path)
+        unfilled.discard(entry.path)
     names = {e.path: e.name for e in table.values()}
     problems += [f"missing: {names.get(path, '(no tensor in the table)')} for {path}" for path in sorted(unfilled)]
     if problems:
