@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Bytes of float32 scores that exist at once. A CPU wants them in its caches; an accelerator wants few large products.
+# Bytes of float32 scores that exist at once: a CPU wants one head in its caches. On an accelerator all heads of a
+# SigLIP crop run together: a TPU then keeps the scores in its vector memory, and heads may lie on several devices.
 _SCORE_BYTES = {"cpu": 4 << 20}
-_DEFAULT_SCORE_BYTES = 256 << 20
+_DEFAULT_SCORE_BYTES = 64 << 20
 
 
 def encoder_attention(
