@@ -7,11 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from jax.sharding import AbstractMesh
+import jax
 
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.memory import GIB, plan_memory
+from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.steps import Steps
 
 _COMPONENTS = (  # name, and the leaf paths that the entries before it have left
@@ -33,8 +34,9 @@ def describe(model: ModelConfig, runtime: RuntimeConfig) -> str:
       model: the architecture.
       runtime: any configuration; its devices need not be present.
     """
-    mesh = AbstractMesh((runtime.mesh.data, runtime.mesh.model), ("data", "model"))
-    abstract = Steps(model, runtime, mesh).abstract()
+    # Nothing is placed, so one device can stand for all that the mesh asks for.
+    stand_ins = jax.devices()[:1] * (runtime.mesh.data * runtime.mesh.model)
+    abstract = Steps(model, runtime, create_mesh(runtime.mesh, stand_ins)).abstract()
     engine = runtime.engine
     longest = round_up(engine.max_seq_len, engine.cache_buckets)
     plans = [
