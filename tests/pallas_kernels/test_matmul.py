@@ -36,6 +36,15 @@ def test_weight_is_not_copied(shape, dtype):
     assert temporaries <= 4 * rows * (in_features + out_features) + 1024 < 4 * w.size
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 8)])
+def test_weight_is_not_copied_out_of_a_loop(shape):
+    """As in a decode step of several tokens."""
+    x = jax.ShapeDtypeStruct((*shape, 1024), jnp.float32)
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    loop = jax.jit(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, y: matmul(y, w), x))
+    assert loop.lower(x, w).compile().memory_analysis().temp_size_in_bytes < w.size
+
+
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"matmul: x \[..., K\] and w \[N, K\] expected, got \(2, 3\) and \(4, 5\)"):
         matmul(jnp.ones((2, 3)), jnp.ones((4, 5)))
