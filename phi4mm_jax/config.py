@@ -502,7 +502,7 @@ class EngineConfig:
     """Most tokens of one sequence, prompt and answer together."""
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Row counts that decode is compiled for."""
-    cache_buckets: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
+    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     """Cache lengths in tokens."""
     prefill_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths of a prompt, in tokens; the largest is the most that one prefill call takes."""

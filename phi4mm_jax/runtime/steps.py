@@ -27,6 +27,10 @@ from phi4mm_jax.runtime.sampling import Logprobs, SamplingKind, SamplingState, s
 
 Leaves = tuple[jax.Array, ...]
 
+# XLA:CPU widens a bfloat16 gather to float32 and then moves that conversion out of the decode loop, where it becomes a
+# float32 copy of the whole embedding, made anew by every dispatch.
+_COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}}
+
 
 class Weights(NamedTuple):
     """The placed weights of each tower, flat, in the order of `Steps.abstract`."""
@@ -92,7 +96,9 @@ class Steps:
                 return step(*args, **kwargs)
 
         traced.__name__ = step.__name__.strip("_")
-        return jax.jit(traced, donate_argnums=donate, static_argnames=static)
+        platform = self.mesh.devices.flat[0].platform
+        options = _COMPILER_OPTIONS.get(platform)
+        return jax.jit(traced, donate_argnums=donate, static_argnames=static, compiler_options=options)
 
     # --- weights ---------------------------------------------------------------------------------------------
 
