@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.products import einsum
+
 
 def attend(
     q: jax.Array,  # [B, K, R, H]: the R query rows that read kv head k
@@ -29,14 +31,14 @@ def attend(
         largest, total, output = carry
         # The last block moves back to end with the cache; the keys that it then repeats are masked.
         start = jnp.minimum(index * block_size, last_start)
-        scores = scale * _dot("bkrh,bksh->bkrs", q, _block(k, start, block_size))
+        scores = scale * einsum("bkrh,bksh->bkrs", q, _block(k, start, block_size))
         keys = start + jnp.arange(block_size, dtype=jnp.int32)[None, None, None, :]
         scores = jnp.where((keys <= positions) & (keys >= index * block_size), scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_largest)
         decay = jnp.exp(largest - new_largest)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
-        output = output * decay + _dot("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, start, block_size))
+        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, start, block_size))
         return new_largest, total, output
 
     rows = q.shape[:3]
@@ -52,9 +54,3 @@ def attend(
 def _block(cache: jax.Array, start: jax.Array, size: int) -> jax.Array:
     block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
     return lax.bitcast_convert_type(block, jnp.bfloat16) if block.dtype == jnp.uint16 else block
-
-
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product accumulated in float32, whose float32 operands are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.products import einsum
+
 # Bytes of float32 scores that exist at once: a CPU wants one head in its caches. On an accelerator all heads of a
 # SigLIP crop run together: a TPU then keeps the scores in its vector memory, and heads may lie on several devices.
 _SCORE_BYTES = {"cpu": 4 << 20}
@@ -46,7 +48,7 @@ def _attend(
     scale: float,
 ) -> jax.Array:
     """One head of one row: [T, H] in float32."""
-    scores = scale * _dot("th,sh->ts", q, k)
+    scores = scale * einsum("th,sh->ts", q, k)
     if bias is not None:
         scores += bias
     if penalty is not None:
@@ -54,7 +56,7 @@ def _attend(
     # A finite floor keeps a row without keys at exp(-inf) = 0.
     weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min))
     total = weights.sum(axis=-1, keepdims=True)
-    return _dot("ts,sh->th", weights.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
+    return einsum("ts,sh->th", weights.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
 
 
 def _map(function, operands: tuple[jax.Array | None, ...], at_once: int) -> jax.Array:
@@ -62,9 +64,3 @@ def _map(function, operands: tuple[jax.Array | None, ...], at_once: int) -> jax.
     if at_once >= operands[0].shape[0]:
         return jax.vmap(function)(operands)
     return lax.map(function, operands, batch_size=at_once if at_once > 1 else None)
-
-
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product accumulated in float32, whose float32 operands are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
