@@ -5,34 +5,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from phi4mm_jax.models.audio import LEAD
+
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 
 
-def pad(clips):
-    """Log-mel clips as one array [B, T, mel]; the frames that exist; and each clip's own sub-frames."""
-    length = max(map(len, clips))
-    features = np.stack([np.pad(clip, ((0, length - len(clip)), (0, 0))) for clip in clips])
-    own = np.array([-(-len(clip) // 8) for clip in clips], np.int32)
-    return features, np.full(len(clips), length, np.int32), own
+def cut(clips, window=500):
+    """The windows of clips of one request, as `AudioModel.encode` takes them; each clip has as many as the longest."""
+    longest = max(map(len, clips))
+    length = min(8 * window, -(-longest // 8) * 8)
+    features, continues, frames, num_keys = [], [], [], []
+    for clip in clips:
+        own = -(-len(clip) // 8)
+        padded = np.pad(clip, ((LEAD, 2 * length), (0, 0)))
+        for start in range(0, longest, length):
+            features.append(padded[start : start + LEAD + length])
+            continues.append(start > 0)
+            frames.append(longest - start)
+            # The original masks nothing where a clip is alone: beyond one window its padding is seen, too.
+            unmasked = len(clips) == 1 and longest > length
+            num_keys.append(window if unmasked else np.clip(own - start // 8, 0, window))
+    return np.stack(features), np.array(continues), np.array(frames, np.int32), np.array(num_keys, np.int32)
 
 
-def encode(tower, features, frames, num_keys):
-    return np.asarray(jax.jit(lambda *args: tower.encode(*args))(features, frames, num_keys))
+def join(x, clips):
+    """Sub-frames of windows [W, T, D] as those of clips [B, ceil(frames / 8), D]."""
+    return np.asarray(x).reshape(len(clips), -1, x.shape[-1])[:, : -(-max(map(len, clips)) // 8)]
 
 
-def hidden_states(tower, features, frames, num_keys):
-    """What subsampling gives and every layer's output, for clips of one window."""
+def encode(tower, clips):
+    return join(jax.jit(lambda *args: tower.encode(*args))(*cut(clips)), clips)
+
+
+def project(tower, clips, projector):
+    windows = cut(clips)
+    with_image = np.full(len(windows[0]), projector == "vision")
+    return join(jax.jit(lambda *args: tower(*args))(*windows, with_image), clips)
+
+
+def hidden_states(tower, clips):
+    """What subsampling gives and every layer's output."""
 
     @jax.jit
-    def run(features, frames, num_keys):
+    def run(features, continues, frames, num_keys):
         x = (features - tower.mean.get_value()[None, None]) * tower.inv_std.get_value()[None, None]
-        hidden = [tower.subsampling(x, frames)]
-        keys = jnp.arange(hidden[0].shape[1])[None, :] < num_keys[:, None]
+        hidden = [tower.subsampling(x, continues, frames)]
+        length = hidden[0].shape[1]
+        keys = jnp.arange(length)[None, :] < num_keys[:, None]
         for layer in tower.layers:
-            hidden.append(layer(hidden[-1], tower.position_bias(keys.shape[1]), keys))
+            hidden.append(layer(hidden[-1], tower.position_bias(length), keys))
         return hidden
 
-    return run(features, frames, num_keys)
+    return [join(x, clips) for x in run(*cut(clips))]
 
 
 @pytest.fixture(scope="session")
@@ -43,90 +67,77 @@ def clips(processor, media):
 
 
 def test_every_layer_matches_the_original(model, golden, clips):
-    hidden = hidden_states(model.audio, *pad([clips["clip"]]))
-    for i, x in enumerate(hidden):
+    for i, x in enumerate(hidden_states(model.audio, [clips["clip"]])):
         np.testing.assert_allclose(x, golden[f"audio/clip_hidden_{i}"], **TOLERANCE)
 
 
 def test_a_clip_alone_and_a_masked_batch_match_the_original(model, golden, clips):
-    np.testing.assert_allclose(encode(model.audio, *pad([clips["clip"]])), golden["audio/clip_encoded"], **TOLERANCE)
-    both = encode(model.audio, *pad([clips["clip"], clips["short"]]))
+    np.testing.assert_allclose(encode(model.audio, [clips["clip"]]), golden["audio/clip_encoded"], **TOLERANCE)
+    both = encode(model.audio, [clips["clip"], clips["short"]])
     np.testing.assert_allclose(both, golden["audio/both_encoded"], **TOLERANCE)
 
 
 def test_more_than_one_window_matches_the_original(model, golden):
     """502 sub-frames are two windows; a lone clip sees the padding of its last window, clips of a batch do not."""
     long = golden["audio/long_features"].astype(np.float32)
-    features, frames, _ = pad([long])
-    alone = encode(model.audio, features, frames, np.array([2 * model.audio.config.window], np.int32))
-    np.testing.assert_allclose(alone, golden["audio/long_encoded"], **TOLERANCE)
-    both = encode(model.audio, *pad([long, long[1000:1900]]))
+    np.testing.assert_allclose(encode(model.audio, [long]), golden["audio/long_encoded"], **TOLERANCE)
+    both = encode(model.audio, [long, long[1000:1900]])
     np.testing.assert_allclose(both, golden["audio/long_both_encoded"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("projector", ["speech", "vision"])
-@pytest.mark.parametrize("batch", [["clip"], ["clip", "short"]], ids=["clip", "both"])
-def test_projected_tokens_match_the_original(model, golden, clips, batch, projector):
-    features, frames, num_keys = pad([clips[name] for name in batch])
-    with_image = np.full(len(batch), projector == "vision")
-    tokens = jax.jit(lambda *args: model.audio(*args))(features, frames, num_keys, with_image)
-    expected = golden[f"audio/{'clip' if len(batch) == 1 else 'both'}_{projector}_tokens"]
-    for row, count in enumerate(num_keys):
-        np.testing.assert_allclose(tokens[row, :count], expected[row, :count], **TOLERANCE)
+def test_projected_tokens_match_the_original(model, golden, clips, projector):
+    alone = project(model.audio, [clips["clip"]], projector)
+    np.testing.assert_allclose(alone, golden[f"audio/clip_{projector}_tokens"], **TOLERANCE)
+    both = project(model.audio, [clips["clip"], clips["short"]], projector)
+    np.testing.assert_allclose(both, golden[f"audio/both_{projector}_tokens"], **TOLERANCE)
 
 
 def test_each_row_takes_its_own_projector(model, golden, clips):
-    features, frames, num_keys = pad([clips["clip"]] * 2)
-    tokens = jax.jit(lambda *args: model.audio(*args))(features, frames, num_keys, np.array([True, False]))
+    windows = [np.repeat(array, 2, axis=0) for array in cut([clips["clip"]])]
+    tokens = jax.jit(lambda *args: model.audio(*args))(*windows, np.array([True, False]))
     np.testing.assert_allclose(tokens[0], golden["audio/clip_vision_tokens"][0], **TOLERANCE)
     np.testing.assert_allclose(tokens[1], golden["audio/clip_speech_tokens"][0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("length", [96, 128])
-def test_padding_changes_nothing(model, golden, clips, length):
-    """A bucket longer than the clip gives the clip's own result, to the last sub-frame."""
-    features, frames, num_keys = pad([clips["clip"]])
-    features = np.pad(features, ((0, 0), (0, length - features.shape[1]), (0, 0)), constant_values=3.0)
-    tokens = encode(model.audio, features, frames, num_keys)[:, : num_keys[0]]
-    np.testing.assert_allclose(tokens, golden["audio/clip_encoded"], **TOLERANCE)
+@pytest.mark.parametrize("more", [8, 40])
+def test_padding_changes_nothing(model, golden, clips, more):
+    """A bucket longer than the clip gives the clip's own result, to the last sub-frame, whatever the padding holds."""
+    features, *rest = cut([clips["clip"]])
+    features[:, :LEAD] = features[:, LEAD + len(clips["clip"]) :] = 3.0
+    features = np.pad(features, ((0, 0), (0, more), (0, 0)), constant_values=3.0)
+    encoded = join(jax.jit(lambda *args: model.audio.encode(*args))(features, *rest), [clips["clip"]])
+    np.testing.assert_allclose(encoded, golden["audio/clip_encoded"], **TOLERANCE)
 
 
 def test_oracle(oracle_loaded, oracle):
-    _, model = oracle_loaded
-    tower = model.audio
+    tower = oracle_loaded[1].audio
     with np.load(oracle / "data" / "audio_encoder.npz") as arrays:
         expected = dict(arrays)
     with np.load(oracle / "data" / "audio_features.npz") as arrays:
         first, second = arrays["w16a_logmel"], arrays["w16b_logmel"]
     np.testing.assert_allclose(tower.position_bias(40), expected["relative_bias_40"], **TOLERANCE)
-    hidden = hidden_states(tower, *pad([first]))
+    hidden = hidden_states(tower, [first])
     for x, name in zip(hidden, ("subsampled", "layer0", "layer1", "layer2"), strict=True):
         np.testing.assert_allclose(x, expected[f"single_{name}"], **TOLERANCE)
     np.testing.assert_allclose(hidden[-1], expected["single_encoder_out"], **TOLERANCE)
-    features, frames, num_keys = pad([first, second])
-    hidden = hidden_states(tower, features, frames, num_keys)
+    hidden = hidden_states(tower, [first, second])
     np.testing.assert_allclose(hidden[0], expected["batch_subsampled"], **TOLERANCE)
     np.testing.assert_allclose(hidden[-1], expected["batch_encoder_out"], **TOLERANCE)
-    for projector, with_image in (("speech", False), ("vision", True)):
-        tokens = jax.jit(lambda *args: tower(*args))(features, frames, num_keys, np.full(2, with_image))
-        for row in range(2):
-            own = tokens[row, : num_keys[row]]
-            np.testing.assert_allclose(own, expected[f"batch{row}_embeds_{projector}"], **TOLERANCE)
+    for projector in ("speech", "vision"):
+        tokens = project(tower, [first, second], projector)
         np.testing.assert_allclose(tokens[0], expected[f"single_embeds_{projector}"], **TOLERANCE)
+        for row, clip in enumerate((first, second)):
+            own = tokens[row, : -(-len(clip) // 8)]
+            np.testing.assert_allclose(own, expected[f"batch{row}_embeds_{projector}"], **TOLERANCE)
 
 
 def test_oracle_windows(oracle_loaded, oracle):
-    _, model = oracle_loaded
+    tower = oracle_loaded[1].audio
     with np.load(oracle / "data" / "audio_encoder.npz") as arrays:
         expected = dict(arrays)
     first, second = (expected[f"long{i}_features_f16"].astype(np.float32) for i in (1, 2))
-    subsample = jax.jit(lambda x, n: model.audio.subsampling(x, n))
-    mean, inv_std = (w.get_value()[None, None] for w in (model.audio.mean, model.audio.inv_std))
     for name, clips in {"long": [first], "longbatch": [first, second]}.items():
-        features, frames, num_keys = pad(clips)
-        if len(clips) == 1:
-            num_keys = np.array([1000], np.int32)
-        subsampled = subsample((features - mean) * inv_std, frames)
-        np.testing.assert_allclose(subsampled, expected[f"{name}_subsampled"], **TOLERANCE)
-        encoded = encode(model.audio, features, frames, num_keys)
-        np.testing.assert_allclose(encoded, expected[f"{name}_encoder_out"], **TOLERANCE)
+        hidden = hidden_states(tower, clips)
+        np.testing.assert_allclose(hidden[0], expected[f"{name}_subsampled"], **TOLERANCE)
+        np.testing.assert_allclose(hidden[-1], expected[f"{name}_encoder_out"], **TOLERANCE)

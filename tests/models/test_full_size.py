@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.models.audio import LEAD
 from phi4mm_jax.models.phi4mm import Phi4MMModel
 
 BUFFERS = 160  # mean and inverse deviation of 80 mel bins
@@ -52,12 +53,12 @@ def test_vision(shapes, released):
     assert features.shape == (5, 1024, 1152)
 
 
-@pytest.mark.parametrize("frames", [1, 998, 4000, 4001, 12000])
+@pytest.mark.parametrize("frames", [8, 1000, 4000])
 def test_audio(shapes, frames):
     row = partial(array, 2)
-    features, integers, flags = array(2, frames, 80), row(dtype=jnp.int32), row(dtype=jnp.bool_)
-    tokens = outputs(shapes.audio, lambda tower, *args: tower(*args), features, integers, integers, flags)
-    assert (tokens.shape, tokens.dtype) == ((2, -(-frames // 8), 3072), jnp.bfloat16)
+    features, integers, flags = array(2, LEAD + frames, 80), row(dtype=jnp.int32), row(dtype=jnp.bool_)
+    tokens = outputs(shapes.audio, lambda tower, *args: tower(*args), features, flags, integers, integers, flags)
+    assert (tokens.shape, tokens.dtype) == ((2, frames // 8, 3072), jnp.bfloat16)
 
 
 def test_text(shapes, released):

@@ -34,7 +34,7 @@ def runtime() -> RuntimeConfig:
             "prefill_buckets": [16, 64],
             "prefill_block": 32,
             "crop_buckets": [1, 2, 4],
-            "clip_buckets": [1],
+            "window_buckets": [1],
             "audio_buckets": [128, 256],
             "decode_steps": 4,
         },

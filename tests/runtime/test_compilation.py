@@ -1,0 +1,112 @@
+"""Nothing compiles anew from request to request."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from phi4mm_jax.runtime import prefill
+from phi4mm_jax.runtime.compilation import enable_persistent_cache, watch_compilations
+from phi4mm_jax.runtime.sampling import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, temperature=0.8, top_k=9, seed=3)
+
+
+def requests(processor, model_config, seed):
+    """A text, a picture, a clip and both, of random content and lengths within the buckets of any other seed."""
+    random = np.random.default_rng(seed)
+    text = lambda low, high: random.integers(2, 490, random.integers(low, high)).tolist()  # noqa: E731
+
+    def picture():  # 3 x 2 tiles, with more or less padding
+        height, width = int(random.integers(90, 100)), 150
+        return Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+    def clip():
+        return random.normal(scale=0.1, size=int(random.integers(9000, 16000))).astype(np.float32), 16000
+
+    def prompt(images, audios, low, high):
+        tags = "".join(f"<|image_{i + 1}|>" for i in range(images)) + "".join(
+            f"<|audio_{i + 1}|>" for i in range(audios)
+        )
+        media = [picture() for _ in range(images)], [clip() for _ in range(audios)]
+        raw = processor.raw(tags, *media) if tags else None
+        ids = np.array(text(low, high), np.int32)
+        if raw is None:
+            return dataclasses.replace(processor.raw(ids.tolist()))
+        return dataclasses.replace(raw, token_ids=np.concatenate([raw.token_ids, ids]))
+
+    return {
+        "short": prompt(0, 0, 3, 15),
+        "crossing": prompt(0, 0, 59, 64),
+        "long": prompt(0, 0, 90, 95),
+        "image": prompt(1, 0, 10, 20),
+        "audio": prompt(0, 1, 3, 4),
+        "both": prompt(1, 1, 25, 30),
+    }
+
+
+@pytest.fixture(scope="module")
+def warm(session_engine, processor, model_config, run):
+    """All buckets have been in use, alone and together."""
+    session_engine.reset()
+    some = requests(processor, model_config, 0)
+    for params in (GREEDY, SAMPLED):
+        run(session_engine, some, params)
+        for name, prompt in some.items():
+            run(session_engine, {name: prompt}, params)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_requests_compile_nothing(warm, engine, processor, model_config, run, seed):
+    """Other lengths, pictures, clips and settings; all at once, a part of them, and one at a time."""
+    random = np.random.default_rng(seed)
+    prompts = requests(processor, model_config, seed)
+    names = list(prompts)
+    settings = {
+        "temperature": 1.3,
+        "top_p": 0.7,
+        "min_p": 0.01,
+        "presence_penalty": 0.3,
+        "logit_bias": {5: 2.0},
+        "logprobs": 4,
+        "min_tokens": 2,
+        "ignore_eos": False,
+        "max_tokens": 5,
+    }
+    with watch_compilations() as log:
+        run(engine, prompts, dataclasses.replace(SAMPLED, **settings))
+        run(engine, prompts, {name: SAMPLED if i % 2 else GREEDY for i, name in enumerate(names)})
+        run(engine, prompts, GREEDY, max_steps=1)
+        for name in random.permutation(names):
+            run(engine, {name: prompts[name]}, GREEDY)
+    assert log.count == 0
+
+
+def test_a_shape_that_leaks_is_noticed(warm, engine, processor, model_config, run, monkeypatch):
+    """The test above would fail if prompts were not rounded up."""
+    monkeypatch.setattr(prefill, "plan_chunks", lambda length, buckets, padding: [length])
+    with watch_compilations() as log:
+        run(engine, {"short": requests(processor, model_config, 3)["short"]}, GREEDY)
+    assert log.count > 0
+
+
+def test_compilations_are_counted_and_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="phi4mm_jax"), watch_compilations() as log:
+        jax.jit(lambda x: x * 3 + 1)(np.ones(3, np.float32)).block_until_ready()
+    assert log.count == 1
+    assert log.seconds > 0
+    assert "compiled a program" in caplog.text
+    jax.jit(lambda x: x * 5 + 1)(np.ones(3, np.float32)).block_until_ready()
+    assert log.count == 1  # no longer listening
+
+
+def test_an_existing_cache_directory_is_respected():
+    before = jax.config.jax_compilation_cache_dir
+    if not before:
+        pytest.skip("no cache directory is set")
+    enable_persistent_cache()
+    assert jax.config.jax_compilation_cache_dir == before

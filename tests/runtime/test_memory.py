@@ -1,0 +1,139 @@
+"""The cache is updated in place, and the memory plan says what will be held."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.runtime import steps as steps_module
+from phi4mm_jax.runtime.kv_cache import cache_bytes
+from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
+from phi4mm_jax.runtime.mesh import create_mesh
+from phi4mm_jax.runtime.steps import Steps
+
+BATCH, LENGTH, CHUNK = 4, 2**15, 16  # a cache of 64 MiB in float32, beside weights of less than one
+
+
+def abstract_arguments(steps):
+    leaves = steps.abstract()
+    text = tuple(leaf for path, leaf in leaves.items() if path.startswith("text."))
+    return text, steps.state_shapes(BATCH, LENGTH)
+
+
+def rows(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def decode_memory(steps):
+    text, state = abstract_arguments(steps)
+    keep, count = rows(jnp.bool_, BATCH), rows(jnp.int32)
+    adapters = {"speech": keep, "vision": keep}
+    return steps.decode.lower(text, state, keep, count, adapters, kind="full").compile().memory_analysis()
+
+
+def prefill_memory(steps, count):
+    text, state = abstract_arguments(steps)
+    tokens, index, flags = rows(jnp.int32, count, CHUNK), rows(jnp.int32, count), rows(jnp.bool_, count)
+    media = rows(steps.activation_dtype, count, CHUNK, steps.model.text.hidden_size)
+    is_media = rows(jnp.bool_, count, CHUNK)
+    arguments = (tokens, media, is_media, index, index, index, flags, {"vision": flags})
+    return steps.prefill.lower(text, state.caches, *arguments).compile().memory_analysis()
+
+
+def share_of_cache(memory, steps):
+    """Temporary memory over the size of the cache, which must be handed on in place."""
+    cache = cache_bytes(steps.model.text, steps.runtime.dtypes, BATCH, LENGTH)
+    assert memory.alias_size_in_bytes >= cache
+    return memory.temp_size_in_bytes / cache
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16_bits"])
+def large_cache_steps(request, model_config, runtime):
+    runtime = runtime.override(dtypes={"kv_cache": request.param})
+    return Steps(model_config, runtime, create_mesh(runtime.mesh))
+
+
+def test_decode_copies_no_cache(large_cache_steps):
+    assert share_of_cache(decode_memory(large_cache_steps), large_cache_steps) < 0.1
+
+
+def test_prefill_copies_no_cache(large_cache_steps):
+    print(prefill_memory(large_cache_steps, 1))
+    print(prefill_memory(large_cache_steps, 2))
+    assert share_of_cache(prefill_memory(large_cache_steps, 1), large_cache_steps) < 0.1
+
+
+def test_prefill_of_several_rows_gathers_one_layer_of_theirs(large_cache_steps):
+    layers = large_cache_steps.model.text.num_layers
+    gathered = 2 / BATCH / layers
+    assert share_of_cache(prefill_memory(large_cache_steps, 2), large_cache_steps) < gathered + 0.1
+
+
+def test_a_copy_is_noticed(model_config, runtime, monkeypatch):
+    """The tests above would fail if the attention moved the whole cache."""
+    attend_of = steps_module.decode_attend
+
+    def copying(*args, **kwargs):
+        attend = attend_of(*args, **kwargs)
+
+        def moved(q, k, v, cache):
+            out, cache = attend(q, k, v, cache)
+            return out, tuple(jnp.roll(c, 1, axis=2) for c in cache)
+
+        return moved
+
+    monkeypatch.setattr(steps_module, "decode_attend", copying)
+    steps = Steps(model_config, runtime, create_mesh(runtime.mesh))
+    assert share_of_cache(decode_memory(steps), steps) > 0.2
+
+
+# --- the plan ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released() -> ModelConfig:
+    return ModelConfig.from_toml(Path(__file__).parents[2] / "configs" / "model" / "phi4mm.toml")
+
+
+def plan(model, runtime, batch, length) -> MemoryPlan:
+    return plan_memory(model, runtime, Steps(model, runtime, create_mesh(runtime.mesh)).abstract(), batch, length)
+
+
+def test_plan_of_the_released_model_on_cpu(released):
+    found = plan(released, RuntimeConfig.load("cpu"), 2, 1024)
+    assert found.weights == (5_543_980_224 - 160) * 2 + 160 * 4
+    assert found.cache == 2 * 1024 * (32 * 2 * 8 * 128) * 2  # rows, positions, keys and values of all layers, bytes
+    assert found.sampling == 2 * 200064 * 9
+    assert 0 < found.workspace < 2**30
+    assert found.total == found.weights + found.cache + found.sampling + found.workspace
+    assert "weights 10.33, cache 0.25, sampling 0.00" in str(found)
+
+
+def test_plan_of_sharded_arrays_counts_one_device(released):
+    one = plan(released, RuntimeConfig.load("cpu"), 4, 1024)
+    eight = plan(released, RuntimeConfig.load("cpu", mesh={"data": 2, "model": 4}), 4, 1024)
+    assert eight.cache == one.cache // 8
+    assert one.weights // 4 < eight.weights < one.weights // 3
+
+
+def test_what_does_not_fit_names_the_setting():
+    rows = MemoryPlan(weights=10 * 2**30, cache=8 * 2**30, sampling=0, workspace=2**30, batch=8, length=8192)
+    rows.check(None)
+    rows.check(19 * 2**30)
+    rows.check(9 * 2**30, weights_loaded=True)
+    with pytest.raises(MemoryPlanError, match=r"needs 19.0 GiB .* 18.9 left .*engine.max_batch \(now 8 rows\)"):
+        rows.check(int(18.9 * 2**30))
+    with pytest.raises(MemoryPlanError, match=r"needs 9.0 GiB .* 8.0 left .*engine.max_seq_len .*\(now 8192\)"):
+        rows.check(8 * 2**30, weights_loaded=True)
+    with pytest.raises(MemoryPlanError, match=r"lower dtypes.params .*mesh.model"):
+        rows.check(10 * 2**30)
+    with pytest.raises(MemoryPlanError, match=r"dtypes.params"):
+        dataclasses.replace(rows, workspace=9 * 2**30).check(5 * 2**30, weights_loaded=True)
+
+
+def test_available_memory_of_this_machine():
+    available = available_memory(jax.devices("cpu")[0])
+    assert available is None or available > 2**20
