@@ -498,12 +498,12 @@ class EngineConfig:
 
     max_batch: int = 8
     """Most rows that decode together; further requests wait for a free row."""
-    max_seq_len: int = 8192
-    """Most tokens of one sequence, prompt and answer together."""
+    max_seq_len: int = 131072
+    """Most tokens of one sequence, prompt and answer together; memory is taken by need, not by this limit."""
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Row counts that decode is compiled for."""
-    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-    """Cache lengths in tokens."""
+    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 132096)
+    """Cache lengths in tokens; the last leaves room beyond the longest context for padding."""
     prefill_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths of a prompt, in tokens; the largest is the most that one prefill call takes."""
     prefill_padding: float = 1.0
@@ -512,10 +512,10 @@ class EngineConfig:
     """Most prompts that one prefill call takes."""
     crop_buckets: tuple[int, ...] = (1, 2, 4, 8)
     """Crops per image-encoder call; the crops of a batch are split into such calls without padding."""
-    clip_buckets: tuple[int, ...] = (1, 2, 4, 8)
-    """Clips per speech-encoder call, likewise."""
+    window_buckets: tuple[int, ...] = (1, 2, 4, 8)
+    """Windows (40 s of speech at most) per speech-encoder call, likewise."""
     audio_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4000)
-    """Log-mel frames per clip, up to one attention window; longer clips take whole windows."""
+    """Log-mel frames of a window, in multiples of 8."""
     decode_steps: int = 16
     """Most tokens per row and dispatch."""
     stream_steps: int = 1
@@ -529,9 +529,11 @@ class EngineConfig:
             buckets = getattr(self, name)
             if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] <= 0:
                 raise ConfigError(f"engine.{name} = {list(buckets)}: expected increasing positive integers")
-        for name in ("batch_buckets", "crop_buckets", "clip_buckets"):
+        for name in ("batch_buckets", "crop_buckets", "window_buckets"):
             if getattr(self, name)[0] != 1:
                 raise ConfigError(f"engine.{name} = {list(getattr(self, name))}: must begin with 1")
+        if any(frames % 8 for frames in self.audio_buckets):
+            raise ConfigError(f"engine.audio_buckets = {list(self.audio_buckets)}: expected multiples of 8")
         if self.prefill_padding < 0:
             raise ConfigError(f"engine.prefill_padding = {self.prefill_padding}: must not be negative")
 

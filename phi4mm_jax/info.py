@@ -38,10 +38,11 @@ def describe(model: ModelConfig, runtime: RuntimeConfig) -> str:
     stand_ins = jax.devices()[:1] * (runtime.mesh.data * runtime.mesh.model)
     abstract = Steps(model, runtime, create_mesh(runtime.mesh, stand_ins)).abstract()
     engine = runtime.engine
-    longest = round_up(engine.max_seq_len, engine.cache_buckets)
+    lengths = {round_up(min(length, engine.max_seq_len), engine.cache_buckets) for length in (1000, 4000, 130000)}
     plans = [
         plan_memory(model, runtime, abstract, batch, length)
-        for batch, length in ((1, engine.cache_buckets[0]), (1, longest), (engine.max_batch, longest))
+        for batch in (1, engine.max_batch)
+        for length in sorted(lengths)
     ]
     parameters, sizes = Counter[str](), Counter[str]()
     for path, leaf in abstract.items():

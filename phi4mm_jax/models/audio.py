@@ -1,7 +1,8 @@
 """The speech encoder: NeMo subsampling and a conformer in windows of 40 s (phi4mm-reference, 5.2 and 5.3).
 
-Clips of different length share a padded batch: each clip's own length decides what is zero and which keys are seen,
-so a clip's result does not depend on the padding or on its neighbours.
+Windows do not see each other, so every window is encoded by itself and windows of any clips and rows share a padded
+batch. A clip's windows come with the few frames before them that the subsampling needs; each window's own length
+decides what is zero and which keys are seen, so its result depends neither on the padding nor on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from flax import nnx
 
 from pallas_kernels.encoder_attention import encoder_attention
 from phi4mm_jax.config import AudioConfig, ModelConfig
-from phi4mm_jax.models.layers import LayerNorm, Linear, Projector, merge_heads, over_rows, param, split_heads, value
+from phi4mm_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Projector,
+    in_float32,
+    merge_heads,
+    over_rows,
+    param,
+    project_heads,
+    value,
+)
+
+LEAD = 8
+"""Frames before a window that its first sub-frame depends on (seven), rounded up to a whole sub-frame."""
 
 
 class StridedConv(nnx.Module):
@@ -54,26 +68,29 @@ class Subsampling(nnx.Module):
         width = -(-config.input_size // config.time_reduction)
         self.out = Linear(channels * width, config.hidden_size, dtype)
 
-    def __call__(self, x: jax.Array, frames: jax.Array) -> jax.Array:
-        """Maps x [B, T, mel] to [B, ceil(T/8), D]; what lies beyond a clip's `frames` [B] is zero.
+    def __call__(self, x: jax.Array, continues: jax.Array, frames: jax.Array) -> jax.Array:
+        """Maps windows [W, LEAD + T, mel] to [W, T/8, D]; sub-frames beyond a window's end are zero.
 
-        Zeroing after each stage makes the end of a clip inside a longer batch equal to the end of an array, where
-        the convolution itself pads with zeros.
+        Zeroing what lies outside of the clip after each stage makes the ends of a clip inside a longer array equal to
+        the ends of an array, where the convolution itself pads with zeros.
         """
-        x = _zero_beyond(x, frames)[..., None]
-        lengths = -(-frames // 2)
-        x = _zero_beyond(jax.nn.relu(self.conv(x)), lengths)
-        lengths = -(-lengths // 2)
-        x = _zero_beyond(jax.nn.relu(self.pointwise1(self.depthwise1(x))), lengths)
-        lengths = -(-lengths // 2)
+
+        def inside(x: jax.Array, stride: int) -> jax.Array:
+            first = jnp.where(continues, -LEAD // stride, 0)
+            return _zero_outside(x, LEAD // stride + first, LEAD // stride - (-frames // stride))
+
+        x = inside(x, 1)[..., None]
+        x = inside(jax.nn.relu(self.conv(x)), 2)
+        x = inside(jax.nn.relu(self.pointwise1(self.depthwise1(x))), 4)
         x = jax.nn.relu(self.pointwise2(self.depthwise2(x)))
         x = x.transpose(0, 1, 3, 2)  # channel-major: the order in which `out` was trained
-        return _zero_beyond(self.out(x.reshape(*x.shape[:2], -1)), lengths)
+        return inside(self.out(x.reshape(*x.shape[:2], -1)), 8)[:, LEAD // 8 :]
 
 
-def _zero_beyond(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Zeroes x [B, T, ...] from each row's length [B] on."""
-    inside = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+def _zero_outside(x: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    """Zeroes x [W, T, ...] but for positions from `first` [W] up to `end` [W]."""
+    position = jnp.arange(x.shape[1])[None, :]
+    inside = (position >= first[:, None]) & (position < end[:, None])
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
 
 
@@ -88,7 +105,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same."""
         up, gate = jnp.split(self.gate_up(self.norm(x)), 2, axis=-1)
-        return self.down(up * jax.nn.silu(gate))
+        return self.down(up * in_float32(jax.nn.silu, gate))
 
 
 class Attention(nnx.Module):
@@ -96,13 +113,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AudioConfig, dtype: Any):
         self.num_heads = config.num_heads
-        for name in ("q", "k", "v"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, dtype, ("heads", None)))
-        self.out = Linear(config.hidden_size, config.hidden_size, dtype, (None, "heads"))
+        width = config.hidden_size
+        self.q, self.k, self.v = (Linear(width, width, dtype, ("heads", None)) for _ in range(3))
+        self.out = Linear(width, width, dtype, (None, "heads"))
 
     def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same; bias [heads, T, T], key_mask [B, T]."""
-        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        q, k, v = project_heads(self, x)
         attended = encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, bias=bias, key_mask=key_mask)
         return self.out(merge_heads(attended))
 
@@ -121,8 +138,9 @@ class Convolution(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same."""
         up, gate = jnp.split(self.glu(self.norm(x)), 2, axis=-1)
-        x = (up + over_rows(value(self.value_bias, x), x)) * jax.nn.silu(gate + over_rows(value(self.gate_bias, x), x))
-        return self.pointwise_out(jax.nn.silu(self.pointwise_in(self.depthwise(x))))
+        gate = gate + over_rows(value(self.gate_bias, x), x)
+        x = (up + over_rows(value(self.value_bias, x), x)) * in_float32(jax.nn.silu, gate)
+        return self.pointwise_out(in_float32(jax.nn.silu, self.pointwise_in(self.depthwise(x))))
 
 
 class DepthwiseConv(nnx.Module):
@@ -174,30 +192,31 @@ class AudioModel(nnx.Module):
         self.speech_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
         self.vision_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
 
-    def encode(self, features: jax.Array, frames: jax.Array, num_keys: jax.Array) -> jax.Array:
-        """Conformer output of each clip.
+    def encode(
+        self, features: jax.Array, continues: jax.Array, frames: jax.Array, num_keys: jax.Array
+    ) -> jax.Array:
+        """Conformer output of each window.
 
         Args:
-          features: [B, T, mel] log-mel frames, zero beyond a clip's own end; their dtype is the activation dtype.
-          frames: [B] int32, the frames that exist: the longest clip of the request, since the original pads the
-            clips of one request to a common length before it subsamples them.
-          num_keys: [B] int32, sub-frames that attention may see, counted over the whole clip (all windows).
+          features: [W, LEAD + T, mel] log-mel frames, T a multiple of 8 and at most one window; zero beyond the clip's
+            own end. Their dtype is the activation dtype.
+          continues: [W] bool, whether the leading frames are real; false where a window begins its clip.
+          frames: [W] int32, frames after the leading ones that exist: up to the end of the longest clip of the
+            request, since the original pads the clips of one request to a common length before it subsamples them.
+          num_keys: [W] int32, sub-frames that attention may see.
 
         Returns:
-          [B, ceil(T/8), audio width].
+          [W, T/8, audio width].
         """
         mean, inv_std = self.mean.get_value(), self.inv_std.get_value()
         normalised = (features.astype(jnp.float32) - over_rows(mean, features)) * over_rows(inv_std, features)
-        x = self.subsampling(normalised.astype(features.dtype), frames)
-        batch, length, width = x.shape
-        window = min(length, self.config.window)
-        x = jnp.pad(x, ((0, 0), (0, -length % window), (0, 0)))
-        key_mask = jnp.arange(x.shape[1])[None, :] < num_keys[:, None]
-        x, key_mask = x.reshape(-1, window, width), key_mask.reshape(-1, window)
-        bias = self.position_bias(window)
+        x = self.subsampling(normalised.astype(features.dtype), continues, frames)
+        length = x.shape[1]
+        key_mask = jnp.arange(length)[None, :] < num_keys[:, None]
+        bias = self.position_bias(length)
         for layer in self.layers:
             x = layer(x, bias, key_mask)
-        return x.reshape(batch, -1, width)[:, :length]
+        return x
 
     def position_bias(self, window: int) -> jax.Array:
         """Additive bias of key j for query i: float32 [heads, window, window]."""
@@ -207,18 +226,24 @@ class AudioModel(nnx.Module):
         return table[np.clip(distance, -reach, reach - 1) + reach].transpose(2, 0, 1)
 
     def __call__(
-        self, features: jax.Array, frames: jax.Array, num_keys: jax.Array, with_image: jax.Array
+        self,
+        features: jax.Array,
+        continues: jax.Array,
+        frames: jax.Array,
+        num_keys: jax.Array,
+        with_image: jax.Array,
     ) -> jax.Array:
-        """Projected tokens of each clip.
+        """Projected tokens of each window.
 
         Args:
           features: as `encode`.
+          continues: as `encode`.
           frames: as `encode`.
           num_keys: as `encode`.
-          with_image: [B] bool, rows that also hold an image take the `vision` projector.
+          with_image: [W] bool, windows of rows that also hold an image take the `vision` projector.
 
         Returns:
-          [B, ceil(T/8), D].
+          [W, T/8, D].
         """
-        x = self.encode(features, frames, num_keys)
+        x = self.encode(features, continues, frames, num_keys)
         return jnp.where(with_image[:, None, None], self.vision_projector(x), self.speech_projector(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +29,11 @@ def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def in_float32(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies an elementwise function in float32; the result has the dtype of x."""
+    return function(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, with the weight [out, in] as checkpoints hold it."""
 
@@ -38,8 +45,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., in] to [..., out] in the dtype of x."""
-        y = matmul(x, self.weight.get_value())
-        return y + over_rows(value(self.bias, y), y)
+        y = matmul(x, self.weight.get_value(), out_dtype=jnp.float32)
+        return (y + over_rows(value(self.bias, y), y)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -84,12 +91,20 @@ class Projector(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., in] to [..., out]."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(in_float32(partial(jax.nn.gelu, approximate=False), self.up(x)))
 
 
-def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
-    """[B, T, N*H] -> [B, T, N, H]."""
-    return x.reshape(*x.shape[:2], num_heads, -1)
+def project_heads(attention: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, T, N, H] of an encoder's attention, for x [B, T, D].
+
+    Keys and values take the weights' dtype, in which both attention products then run.
+    """
+    dtype = attention.k.weight.get_value().dtype
+    q, k, v = (
+        project(x).reshape(*x.shape[:2], attention.num_heads, -1)
+        for project in (attention.q, attention.k, attention.v)
+    )
+    return q, k.astype(dtype), v.astype(dtype)
 
 
 def merge_heads(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from pallas_kernels.matmul import matmul
 from phi4mm_jax.config import ModelConfig
-from phi4mm_jax.models.layers import RMSNorm, merge_heads, param
+from phi4mm_jax.models.layers import RMSNorm, in_float32, merge_heads, param
 from phi4mm_jax.models.lora import LoraLinear, RowAdapters
 from phi4mm_jax.models.rope import rotary_table, rotate
 
@@ -93,7 +93,7 @@ class GatedMLP(nnx.Module):
         """Maps x [B, T, D] to the same."""
         groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, 2, -1)
         gate, up = groups[..., 0, :], groups[..., 1, :]
-        return self.down((up * jax.nn.silu(gate)).reshape(*x.shape[:2], -1), adapters)
+        return self.down((up * in_float32(jax.nn.silu, gate)).reshape(*x.shape[:2], -1), adapters)
 
 
 class DecoderLayer(nnx.Module):

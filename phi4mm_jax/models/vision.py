@@ -6,6 +6,7 @@ caller does that by index (processing/images.py `layout`), which leaves nothing 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from pallas_kernels.encoder_attention import encoder_attention
 from phi4mm_jax.config import ModelConfig, VisionConfig
-from phi4mm_jax.models.layers import LayerNorm, Linear, Projector, merge_heads, param, split_heads
+from phi4mm_jax.models.layers import LayerNorm, Linear, Projector, in_float32, merge_heads, param, project_heads
 
 
 class Attention(nnx.Module):
@@ -22,13 +23,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: VisionConfig, dtype: Any):
         self.num_heads = config.num_heads
-        for name in ("q", "k", "v"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, dtype, ("heads", None)))
-        self.out = Linear(config.hidden_size, config.hidden_size, dtype, (None, "heads"))
+        width = config.hidden_size
+        self.q, self.k, self.v = (Linear(width, width, dtype, ("heads", None)) for _ in range(3))
+        self.out = Linear(width, width, dtype, (None, "heads"))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps x [C, P, D] to the same; mask [C, P] bool, true for real patches."""
-        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        q, k, v = project_heads(self, x)
         attended = merge_heads(encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, key_mask=mask))
         # The shipped flash attention never computes masked queries: only the bias of `out` gets through.
         return self.out(jnp.where(mask[:, :, None], attended, jnp.zeros_like(attended)))
@@ -43,7 +44,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., D] to the same."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(in_float32(partial(jax.nn.gelu, approximate=True), self.up(x)))
 
 
 class EncoderLayer(nnx.Module):

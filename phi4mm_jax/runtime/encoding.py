@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
+from phi4mm_jax.models.audio import LEAD
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, AudioFeatures, Prompt
 from phi4mm_jax.runtime.buckets import round_up, split_exactly
 from phi4mm_jax.runtime.steps import Steps, Weights
@@ -67,49 +68,71 @@ def _encode_images(steps: Steps, weights: Weights, prompts: Sequence[Prompt]) ->
     return placements
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Window:
+    """One attention window of one clip."""
+
+    owner: int
+    """Index of its prompt."""
+    clip: AudioFeatures
+    """Its clip."""
+    start: int
+    """Its first frame."""
+    frames: int
+    """Frames from there to the end of the prompt's longest clip."""
+    num_keys: int
+    """Sub-frames that attention sees."""
+    where: np.ndarray
+    """Positions of its tokens in the prompt."""
+
+
 def _encode_clips(steps: Steps, weights: Weights, prompts: Sequence[Prompt]) -> list[tuple[int, Placement]]:
     audio, engine = steps.model.audio, steps.runtime.engine
-    clips = defaultdict(list)  # bucket of frames -> clips
+    alike = defaultdict(list)  # bucket of frames -> windows
     for owner, prompt in enumerate(prompts):
-        where = np.flatnonzero(prompt.token_ids == steps.model.tokens.audio)
-        for clip in prompt.audios:
-            mine, where = where[: clip.num_tokens], where[clip.num_tokens :]
-            padded = max(len(c.features) for c in prompt.audios)
-            windows = engine.audio_buckets if padded <= audio.window_frames else (audio.window_frames,)
-            bucket = min(round_up(padded, windows), round_up(padded, (audio.window_frames,)))
-            num_keys = _num_keys(clip, len(prompt.audios) == 1, audio.window)
-            clips[bucket].append((owner, mine, clip, padded, num_keys))
+        for window in _windows(steps, owner, prompt):
+            needed = max(window.num_keys, len(window.where)) * audio.time_reduction
+            alike[min(round_up(needed, engine.audio_buckets), audio.window_frames)].append(window)
 
     placements = []
-    for bucket, members in clips.items():
-        tokens_per_clip = audio.num_tokens(bucket)
-        for count in split_exactly(len(members), engine.clip_buckets):
-            part, members = members[:count], members[count:]
-            features = np.zeros((count, bucket, audio.input_size), np.float32)
-            for i, (_, _, clip, _, _) in enumerate(part):
-                features[i, : len(clip.features)] = clip.features
+    for bucket, windows in alike.items():
+        for count in split_exactly(len(windows), engine.window_buckets):
+            part, windows = windows[:count], windows[count:]
+            features = np.zeros((count, LEAD + bucket, audio.input_size), np.float32)
+            for i, window in enumerate(part):
+                lead = LEAD if window.start else 0
+                frames = window.clip.features[window.start - lead : window.start + bucket]
+                features[i, LEAD - lead : LEAD - lead + len(frames)] = frames
             embeddings = steps.encode_audio(
                 weights.audio,
                 features,
-                np.array([padded for _, _, _, padded, _ in part], np.int32),
-                np.array([num_keys for _, _, _, _, num_keys in part], np.int32),
-                np.array([bool(prompts[owner].images) for owner, *_ in part]),
+                np.array([window.start > 0 for window in part]),
+                np.array([window.frames for window in part], np.int32),
+                np.array([window.num_keys for window in part], np.int32),
+                np.array([bool(prompts[window.owner].images) for window in part]),
             )
-            for i, (owner, where, clip, _, _) in enumerate(part):
-                rows = i * tokens_per_clip + np.arange(clip.num_tokens)
-                placements.append((owner, _placement(embeddings, prompts[owner], where, rows)))
+            for i, window in enumerate(part):
+                rows = i * (bucket // audio.time_reduction) + np.arange(len(window.where))
+                placement = _placement(embeddings, prompts[window.owner], window.where, rows)
+                placements.append((window.owner, placement))
     return placements
 
 
-def _num_keys(clip: AudioFeatures, alone: bool, window: int) -> int:
-    """Sub-frames that attention sees.
-
-    The original passes no mask for a lone clip, so that beyond one window the zero padding of the last window is
-    attended to; with several clips, each sees its own sub-frames.
-    """
-    if alone and clip.num_tokens > window:
-        return -(-clip.num_tokens // window) * window
-    return clip.num_tokens
+def _windows(steps: Steps, owner: int, prompt: Prompt) -> Iterator[_Window]:
+    """Cuts the clips of a prompt into windows."""
+    audio = steps.model.audio
+    where = np.flatnonzero(prompt.token_ids == steps.model.tokens.audio)
+    longest = max((len(clip.features) for clip in prompt.audios), default=0)
+    for clip in prompt.audios:
+        mine, where = where[: clip.num_tokens], where[clip.num_tokens :]
+        for first in range(0, clip.num_tokens, audio.window):
+            tokens = mine[first : first + audio.window]
+            # The original passes no mask for a lone clip, so that beyond one window the zero padding of the last
+            # window is attended to; with several clips, each sees its own sub-frames.
+            unmasked = len(prompt.audios) == 1 and clip.num_tokens > audio.window
+            num_keys = audio.window if unmasked else len(tokens)
+            start = first * audio.time_reduction
+            yield _Window(owner, clip, start, longest - start, num_keys, tokens)
 
 
 def _placement(embeddings: jax.Array, prompt: Prompt, where: np.ndarray, rows: np.ndarray) -> Placement:

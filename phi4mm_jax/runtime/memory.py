@@ -94,7 +94,7 @@ def _workspace(model: ModelConfig, dtypes: DTypeConfig, engine: EngineConfig, ba
     patches = engine.crop_buckets[-1] * vision.patches_per_side**2
     scores = patches * vision.patches_per_side**2 * vision.num_heads * wide
     images = patches * (4 * vision.hidden_size + 2 * vision.intermediate_size) * wide + scores
-    frames = engine.audio_buckets[-1] * engine.clip_buckets[-1]
+    frames = engine.audio_buckets[-1] * engine.window_buckets[-1]
     speech = frames * audio.input_size // 4 * audio.conv_channels * wide * 2
     return max(prefill, logits, images, speech)
 

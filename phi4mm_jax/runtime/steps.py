@@ -149,11 +149,17 @@ class Steps:
         return vision(crops.astype(self.activation_dtype), mask, position_ids)
 
     def _encode_audio(
-        self, leaves: Leaves, features: jax.Array, frames: jax.Array, num_keys: jax.Array, with_image: jax.Array
+        self,
+        leaves: Leaves,
+        features: jax.Array,
+        continues: jax.Array,
+        frames: jax.Array,
+        num_keys: jax.Array,
+        with_image: jax.Array,
     ) -> jax.Array:
-        """Log-mel features [B, T, mel] -> [B * ceil(T/8), D]."""
+        """Log-mel windows [W, LEAD + T, mel] -> [W * T/8, D]."""
         audio = self._towers["audio"].merge(leaves)
-        tokens = audio(features.astype(self.activation_dtype), frames, num_keys, with_image)
+        tokens = audio(features.astype(self.activation_dtype), continues, frames, num_keys, with_image)
         return tokens.reshape(-1, tokens.shape[-1])
 
     def _place_media(self, media: jax.Array, embeddings: jax.Array, index: jax.Array) -> jax.Array:
