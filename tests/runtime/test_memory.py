@@ -61,8 +61,6 @@ def test_decode_copies_no_cache(large_cache_steps):
 
 
 def test_prefill_copies_no_cache(large_cache_steps):
-    print(prefill_memory(large_cache_steps, 1))
-    print(prefill_memory(large_cache_steps, 2))
     assert share_of_cache(prefill_memory(large_cache_steps, 1), large_cache_steps) < 0.1
 
 
