@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
 from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.compilation import enable_persistent_cache
-from phi4mm_jax.runtime.engine import Engine, answer_limit, cache_length
+from phi4mm_jax.runtime.engine import Engine
+from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import available_memory, plan_memory
 from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
@@ -84,6 +86,8 @@ class Phi4MM:
         steps = Steps(model, runtime, mesh)
         abstract = steps.abstract()
         smallest = plan_memory(model, runtime, abstract, 1, runtime.engine.cache_buckets[0])
+        if progress:
+            print(f"Memory plan: {smallest}", file=sys.stderr)
         smallest.check(available_memory(mesh.devices.flat[0]))
         arrays, _ = load(
             directory, model, abstract, lambda path, x: jax.device_put(x, abstract[path].sharding), progress=progress
@@ -160,7 +164,7 @@ class Phi4MM:
           float32 [T, V].
 
         Raises:
-          MediaError, PromptError, RequestError: before anything is run.
+          MediaError, PromptError, RequestError, MemoryPlanError: before anything is run.
         """
         return score(self.steps, self.weights, self.processor.raw(prompt, images=images, audios=audios))
 

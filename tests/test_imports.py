@@ -21,12 +21,12 @@ RULES: dict[str, set[str]] = {
     "pallas_kernels": {"jax", "numpy"},
     "phi4mm_jax.config": set(),
     "phi4mm_jax.processing": {
-        *("numpy", "PIL", "soundfile", "soxr", "scipy", "tokenizers", "requests"),
+        *("numpy", "PIL", "soundfile", "soxr", "tokenizers"),
         "phi4mm_jax.config",
     },
     "phi4mm_jax.models": {"jax", "flax", *_NUMERIC, "phi4mm_jax.config", "pallas_kernels"},
     "phi4mm_jax.weights": {
-        *("jax", "flax", *_NUMERIC, "safetensors", "huggingface_hub", "orbax", "requests", "tqdm"),
+        *("jax", "flax", *_NUMERIC, "safetensors", "huggingface_hub", "tqdm"),
         *("phi4mm_jax.config", "phi4mm_jax.models"),
     },
     "phi4mm_jax.runtime": {

@@ -16,15 +16,11 @@ import jax
 import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
-from phi4mm_jax.runtime.buckets import plan_chunks
 from phi4mm_jax.runtime.encoding import Placement, encode_media
+from phi4mm_jax.runtime.limits import RequestError, answer_limit, cache_length
 from phi4mm_jax.runtime.prefill import PrefillRow, adapter_of, plan_prefill, run_prefill
-from phi4mm_jax.runtime.sampling import DEFAULT_MAX_TOKENS, SamplingKind, SamplingParams, SamplingState
+from phi4mm_jax.runtime.sampling import SamplingKind, SamplingParams, SamplingState
 from phi4mm_jax.runtime.steps import Drawn, Steps, Weights
-
-
-class RequestError(ValueError):
-    """A request cannot be served as it stands; the message says what would fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,46 +79,6 @@ class _Pending:
 
     drawn: Drawn
     rows: list[tuple[int, _Row]]  # (row of `drawn`, request)
-
-
-def max_sequence(steps: Steps) -> int:
-    """Most tokens of one sequence under this configuration."""
-    return min(steps.runtime.engine.max_seq_len, steps.model.text.max_position_embeddings)
-
-
-def answer_limit(steps: Steps, prompt: Prompt, params: SamplingParams) -> int:
-    """Most tokens that the answer may have.
-
-    Raises:
-      RequestError: prompt and answer do not fit the context.
-    """
-    limit, length = max_sequence(steps), len(prompt.token_ids)
-    if length == 0:
-        raise RequestError("prompt: has no tokens; at least one is needed")
-    if length >= limit:
-        raise RequestError(
-            f"prompt: {length} tokens leave no room for an answer; engine.max_seq_len allows {limit} in all"
-            f" (the model's own limit is {steps.model.text.max_position_embeddings})"
-        )
-    if params.max_tokens is None:
-        return max(params.min_tokens, min(DEFAULT_MAX_TOKENS, limit - length))
-    if length + params.max_tokens > limit:
-        raise RequestError(
-            f"max_tokens = {params.max_tokens}: with a prompt of {length} tokens it passes the context of {limit};"
-            f" at most {limit - length} fit, or raise engine.max_seq_len"
-        )
-    return params.max_tokens
-
-
-def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
-    """Cache positions that a request needs, padding of its prefills and the scratch position included."""
-    engine, switch = steps.runtime.engine, steps.model.text.original_max_position_embeddings
-    length = len(prompt.token_ids)
-    prefills = [length]
-    if length <= switch < length + max_tokens:
-        prefills.append(switch + 1)
-    padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_padding)) for n in prefills)
-    return max(*padded, length + max_tokens) + 1
 
 
 class Engine:

@@ -44,7 +44,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ("weights", "cache", "sampling", "workspace", "total")
         sizes = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in parts)
-        return f"memory per device in GiB for {self.batch} x {self.length} tokens: {sizes}"
+        return f"{self.batch} x {self.length} tokens, GiB per device: {sizes}"
 
     def check(self, available: int | None, weights_loaded: bool = False) -> None:
         """Compares the plan with what the device has left.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.encoding import encode_media
+from phi4mm_jax.runtime.limits import check_length
+from phi4mm_jax.runtime.memory import GIB, MemoryPlanError, available_memory
 from phi4mm_jax.runtime.prefill import PrefillRow, adapter_of, plan_prefill, run_prefill
 from phi4mm_jax.runtime.steps import Steps, Weights
 
@@ -16,8 +19,20 @@ def score(steps: Steps, weights: Weights, prompt: Prompt) -> np.ndarray:
 
     Returns:
       float32 [T, V].
+
+    Raises:
+      RequestError: the prompt is longer than the context.
+      MemoryPlanError: the logits do not fit the host's memory.
     """
     text, engine = steps.model.text, steps.runtime.engine
+    length = len(prompt.token_ids)
+    check_length(steps, length)
+    size, free = length * text.vocab_size * 4, available_memory(jax.devices("cpu")[0])
+    if free is not None and size > free:
+        raise MemoryPlanError(
+            f"logits of {length} tokens take {size / GIB:.1f} GiB and the host has {free / GIB:.1f} left; score a "
+            "shorter prompt"
+        )
     (placements,) = encode_media(steps, weights, [prompt])
     tokens = prompt.token_ids
     use_long = len(tokens) > text.original_max_position_embeddings

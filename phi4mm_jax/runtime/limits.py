@@ -1,0 +1,56 @@
+"""How long sequences may be, and how much cache a request needs."""
+
+from __future__ import annotations
+
+from phi4mm_jax.processing.prompt import Prompt
+from phi4mm_jax.runtime.buckets import plan_chunks
+from phi4mm_jax.runtime.sampling import DEFAULT_MAX_TOKENS, SamplingParams
+from phi4mm_jax.runtime.steps import Steps
+
+
+class RequestError(ValueError):
+    """A request cannot be served as it stands; the message says what would fit."""
+
+
+def check_length(steps: Steps, length: int) -> int:
+    """Returns the most tokens of one sequence.
+
+    Raises:
+      RequestError: a prompt of `length` tokens is longer.
+    """
+    own = steps.model.text.max_position_embeddings
+    limit = min(steps.runtime.engine.max_seq_len, own)
+    if length > limit:
+        raise RequestError(
+            f"prompt: {length} tokens; engine.max_seq_len allows {limit} (the model's own limit is {own})"
+        )
+    return limit
+
+
+def answer_limit(steps: Steps, prompt: Prompt, params: SamplingParams) -> int:
+    """Returns the most tokens that the answer may have.
+
+    Raises:
+      RequestError: prompt and answer do not fit the context.
+    """
+    length = len(prompt.token_ids)
+    limit = check_length(steps, length)
+    wanted = max(params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
+    if length + wanted > limit:
+        name = "max_tokens" if params.max_tokens is not None else "min_tokens"
+        raise RequestError(
+            f"{name} = {wanted}: with a prompt of {length} tokens it passes the context of {limit}; at most "
+            f"{limit - length} fit"
+        )
+    return max(wanted, min(DEFAULT_MAX_TOKENS, limit - length)) if params.max_tokens is None else wanted
+
+
+def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
+    """Cache positions that a request needs, padding of its prefills and the scratch position included."""
+    engine, switch = steps.runtime.engine, steps.model.text.original_max_position_embeddings
+    length = len(prompt.token_ids)
+    prefills = [length]
+    if length <= switch < length + max_tokens:
+        prefills.append(switch + 1)
+    padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_padding)) for n in prefills)
+    return max(*padded, length + max_tokens) + 1
