@@ -14,8 +14,9 @@ from pallas_kernels.products import einsum
 def attend(
     q: jax.Array,  # [B, K, R, H]: the R query rows that read kv head k
     positions: jax.Array,  # [B, R] int32: a row sees the keys 0..position
-    k: jax.Array,  # [B, K, S, H] float, or uint16 bits of bfloat16
-    v: jax.Array,  # [B, K, S, H]
+    k: jax.Array,  # [C, K, S, H] float, or uint16 bits of bfloat16
+    v: jax.Array,  # [C, K, S, H]
+    slots: jax.Array | None,  # [B] int32: the cache row of each row; None where they are the same
     *,
     scale: float,
     block_size: int,
@@ -31,14 +32,14 @@ def attend(
         largest, total, output = carry
         # The last block moves back to end with the cache; the keys that it then repeats are masked.
         start = jnp.minimum(index * block_size, last_start)
-        scores = scale * einsum("bkrh,bksh->bkrs", q, _block(k, start, block_size))
+        scores = scale * einsum("bkrh,bksh->bkrs", q, _block(k, slots, start, block_size))
         keys = start + jnp.arange(block_size, dtype=jnp.int32)[None, None, None, :]
         scores = jnp.where((keys <= positions) & (keys >= index * block_size), scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_largest)
         decay = jnp.exp(largest - new_largest)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
-        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, start, block_size))
+        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, slots, start, block_size))
         return new_largest, total, output
 
     rows = q.shape[:3]
@@ -51,6 +52,12 @@ def attend(
     return output / total
 
 
-def _block(cache: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
+def _block(cache: jax.Array, slots: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
+    """Keys or values `start` to `start + size` of each row: [B, K, size, H]."""
+    if slots is None:
+        block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
+    else:
+        zero, shape = jnp.zeros_like(start), (1, cache.shape[1], size, cache.shape[3])
+        starts = ((slots[i].astype(start.dtype), zero, start, zero) for i in range(slots.shape[0]))
+        block = jnp.concatenate([lax.dynamic_slice(cache, at, shape) for at in starts])
     return lax.bitcast_convert_type(block, jnp.bfloat16) if block.dtype == jnp.uint16 else block

@@ -23,5 +23,5 @@ def decode_attention(
     group = n // k.shape[1]
     positions = jnp.broadcast_to(lengths[:, None] - 1, (b, group))
     block_size = _BLOCK_SIZE.get(jax.default_backend(), _DEFAULT_BLOCK_SIZE)
-    out = blockwise.attend(q.reshape(b, -1, group, h), positions, k, v, scale=scale, block_size=block_size)
+    out = blockwise.attend(q.reshape(b, -1, group, h), positions, k, v, None, scale=scale, block_size=block_size)
     return out.reshape(b, n, h).astype(q.dtype)

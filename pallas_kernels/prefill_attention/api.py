@@ -13,6 +13,7 @@ def prefill_attention(
     k: jax.Array,
     v: jax.Array,
     q_start: jax.Array,
+    slots: jax.Array | None = None,
     *,
     scale: float,
     block_size: int = 256,
@@ -26,9 +27,11 @@ def prefill_attention(
 
     Args:
       q: [B, T, N, H] queries, any float type.
-      k: [B, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
-      v: [B, K, S, H] cached values, as `k`.
+      k: [C, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
+      v: [C, K, S, H] cached values, as `k`.
       q_start: [B] int32, keys before the chunk; `q_start + T <= S`.
+      slots: [B] int32, the row of the cache that each row reads; None for row b itself, with C = B. The cache is read
+        where it lies: a copy of a few rows of it is never made.
       scale: factor on the scores.
       block_size: queries, and keys, that are worked on at once.
       implementation: see `dispatch.run`.
@@ -40,11 +43,13 @@ def prefill_attention(
       ValueError: the shapes do not fit.
     """
     b, _, n, h = q.shape
-    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != h or n % k.shape[1] or q_start.shape != (b,):
+    rows_fit = k.shape[0] == b if slots is None else slots.shape == (b,)
+    if k.shape != v.shape or not rows_fit or k.shape[3] != h or n % k.shape[1] or q_start.shape != (b,):
         raise ValueError(
-            "prefill_attention: q [B, T, N, H], k and v [B, K, S, H] with K dividing N, q_start [B] expected, "
-            f"got {q.shape}, {k.shape}, {v.shape}, {q_start.shape}"
+            "prefill_attention: q [B, T, N, H], k and v [C, K, S, H] with K dividing N, q_start and slots [B] (C = B "
+            f"without slots) expected, got {q.shape}, {k.shape}, {v.shape}, {q_start.shape}, "
+            f"{None if slots is None else slots.shape}"
         )
     return dispatch.run(
-        "prefill_attention", BACKENDS, implementation, q, k, v, q_start, scale=scale, block_size=block_size
+        "prefill_attention", BACKENDS, implementation, q, k, v, q_start, slots, scale=scale, block_size=block_size
     )

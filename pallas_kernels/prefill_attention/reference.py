@@ -9,9 +9,10 @@ from pallas_kernels import blockwise
 
 def prefill_attention(
     q: jax.Array,  # [B, T, N, H]
-    k: jax.Array,  # [B, K, S, H]
-    v: jax.Array,  # [B, K, S, H]
+    k: jax.Array,  # [C, K, S, H]
+    v: jax.Array,  # [C, K, S, H]
     q_start: jax.Array,  # [B] int32
+    slots: jax.Array | None,  # [B] int32
     *,
     scale: float,
     block_size: int,
@@ -28,7 +29,7 @@ def prefill_attention(
         rows = queries.reshape(b, size, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
         # Queries that only fill the last block see what the last real one sees.
         positions = q_start[:, None] + jnp.tile(jnp.minimum(offset, t - 1), group)[None, :]
-        out = blockwise.attend(rows, positions, k, v, scale=scale, block_size=block_size)
+        out = blockwise.attend(rows, positions, k, v, slots, scale=scale, block_size=block_size)
         out = out.reshape(b, kv_heads, group, size, h).transpose(0, 3, 1, 2, 4)
         return out.reshape(b, size, n, h).astype(q.dtype)
 

@@ -53,7 +53,7 @@ def prefill_attend(
         q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         keys, values = (_write(c, new, slots, starts) for c, new in zip(cache, (k, v), strict=True))
-        out = prefill_attention(q, _rows(keys, slots), _rows(values, slots), starts, scale=scale, block_size=block_size)
+        out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size)
         return out, (keys, values)
 
     return attend
@@ -90,8 +90,3 @@ def _write(cache: jax.Array, new: jax.Array, slots: jax.Array, starts: jax.Array
         cache = jax.lax.dynamic_update_slice(cache, new[r : r + 1], (slots[r], zero, starts[r], zero))
     return cache
 
-
-def _rows(cache: jax.Array, slots: jax.Array) -> jax.Array:
-    """The rows of the given slots: [R, K, S, H]."""
-    rows = [jax.lax.dynamic_slice_in_dim(cache, slots[r], 1) for r in range(slots.shape[0])]
-    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)

@@ -16,13 +16,15 @@ def check_length(steps: Steps, length: int) -> int:
     """Returns the most tokens of one sequence.
 
     Raises:
-      RequestError: a prompt of `length` tokens is longer.
+      RequestError: a prompt of `length` tokens is empty or longer.
     """
+    if length == 0:
+        raise RequestError("prompt: has no tokens; at least one is needed")
     own = steps.model.text.max_position_embeddings
     limit = min(steps.runtime.engine.max_seq_len, own)
     if length > limit:
         raise RequestError(
-            f"prompt: {length} tokens; engine.max_seq_len allows {limit} (the model's own limit is {own})"
+            f"prompt: {length} tokens leave no room; engine.max_seq_len allows {limit} in all (the model itself {own})"
         )
     return limit
 
@@ -37,7 +39,7 @@ def answer_limit(steps: Steps, prompt: Prompt, params: SamplingParams) -> int:
     limit = check_length(steps, length)
     wanted = max(params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
     if length + wanted > limit:
-        name = "max_tokens" if params.max_tokens is not None else "min_tokens"
+        name = "max_tokens" if params.max_tokens is not None or not params.min_tokens else "min_tokens"
         raise RequestError(
             f"{name} = {wanted}: with a prompt of {length} tokens it passes the context of {limit}; at most "
             f"{limit - length} fit"

@@ -69,7 +69,10 @@ class SamplingParams:
         Raises:
           SamplingError: naming the field and what is accepted.
         """
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
+            raise SamplingError(f"stop = {self.stop!r}: expected a non-empty string, or a list of them")
+        object.__setattr__(self, "stop", tuple(stop))
         _number(self, "temperature", 0.0, math.inf)
         _integer(self, "top_k", 0)
         _number(self, "top_p", 0.0, 1.0, exclude_low=True)
@@ -86,12 +89,14 @@ class SamplingParams:
             _integer(self, "logprobs", 0, MAX_LOGPROBS)
         if self.seed is not None:
             _integer(self, "seed", -(2**63), 2**64 - 1)
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise SamplingError(f"stop = {self.stop!r}: expected non-empty strings")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos = {self.ignore_eos!r}: expected true or false")
+        if not isinstance(self.logit_bias, Mapping):
+            raise SamplingError(f"logit_bias = {self.logit_bias!r}: expected a mapping from token id to -100 to 100")
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            whole = isinstance(token, int) and not isinstance(token, bool)
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not whole or not number or not -100 <= bias <= 100:
                 raise SamplingError(f"logit_bias = {{{token!r}: {bias!r}}}: expected token id -> -100 to 100")
 
     @property
