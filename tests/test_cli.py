@@ -274,7 +274,7 @@ def test_info_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert "32 layers, width 3072" in out and "26 of 27 layers" in out
     assert re.search(r"^vision adapter +369,098,752 ", out, re.MULTILINE)
     assert re.search(r"^total +5,543,980,224 ", out, re.MULTILINE)
-    assert "for 4 x 65536 tokens" in out
+    assert "4 x 132096 tokens" in out
 
 
 def test_info_of_a_checkpoint(oracle_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
