@@ -6,8 +6,8 @@ import logging
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
+from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime import prefill
 from phi4mm_jax.runtime.compilation import enable_persistent_cache, watch_compilations
 from phi4mm_jax.runtime.sampling import SamplingParams
@@ -16,28 +16,21 @@ GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=0.8, top_k=9, seed=3)
 
 
-def requests(processor, model_config, seed):
-    """A text, a picture, a clip and both, of random content and lengths within the buckets of any other seed."""
+def requests(processor, seed):
+    """A text, a picture, a clip and both, of random content and of lengths that share the buckets of every seed."""
     random = np.random.default_rng(seed)
-    text = lambda low, high: random.integers(2, 490, random.integers(low, high)).tolist()  # noqa: E731
 
-    def picture():  # 3 x 2 tiles, with more or less padding
-        height, width = int(random.integers(90, 100)), 150
-        return Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
-
-    def clip():
-        return random.normal(scale=0.1, size=int(random.integers(9000, 16000))).astype(np.float32), 16000
-
-    def prompt(images, audios, low, high):
-        tags = "".join(f"<|image_{i + 1}|>" for i in range(images)) + "".join(
-            f"<|audio_{i + 1}|>" for i in range(audios)
-        )
-        media = [picture() for _ in range(images)], [clip() for _ in range(audios)]
-        raw = processor.raw(tags, *media) if tags else None
-        ids = np.array(text(low, high), np.int32)
-        if raw is None:
-            return dataclasses.replace(processor.raw(ids.tolist()))
-        return dataclasses.replace(raw, token_ids=np.concatenate([raw.token_ids, ids]))
+    def prompt(images, audios, shortest, longest):
+        """Random media, and behind them random text of so many tokens."""
+        pictures = [  # 3 x 2 crops, with more or less padding
+            random.integers(0, 256, (random.integers(90, 100), 150, 3)).astype(np.uint8) for _ in range(images)
+        ]
+        clips = [(random.normal(scale=0.1, size=random.integers(9000, 16000)), 16000) for _ in range(audios)]
+        text = random.integers(2, 490, random.integers(shortest, longest)).astype(np.int32)
+        if not images and not audios:
+            return Prompt(text)
+        media = processor.raw("<|image_1|>" * images + "<|audio_1|>" * audios, pictures, clips)
+        return dataclasses.replace(media, token_ids=np.concatenate([media.token_ids, text]))
 
     return {
         "short": prompt(0, 0, 3, 15),
@@ -50,10 +43,10 @@ def requests(processor, model_config, seed):
 
 
 @pytest.fixture(scope="module")
-def warm(session_engine, processor, model_config, run):
+def warm(session_engine, processor, run):
     """All buckets have been in use, alone and together."""
     session_engine.reset()
-    some = requests(processor, model_config, 0)
+    some = requests(processor, 0)
     for params in (GREEDY, SAMPLED):
         run(session_engine, some, params)
         for name, prompt in some.items():
@@ -61,10 +54,10 @@ def warm(session_engine, processor, model_config, run):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_other_requests_compile_nothing(warm, engine, processor, model_config, run, seed):
+def test_other_requests_compile_nothing(warm, engine, processor, run, seed):
     """Other lengths, pictures, clips and settings; all at once, a part of them, and one at a time."""
     random = np.random.default_rng(seed)
-    prompts = requests(processor, model_config, seed)
+    prompts = requests(processor, seed)
     names = list(prompts)
     settings = {
         "temperature": 1.3,
@@ -86,11 +79,11 @@ def test_other_requests_compile_nothing(warm, engine, processor, model_config, r
     assert log.count == 0
 
 
-def test_a_shape_that_leaks_is_noticed(warm, engine, processor, model_config, run, monkeypatch):
+def test_a_shape_that_leaks_is_noticed(warm, engine, processor, run, monkeypatch):
     """The test above would fail if prompts were not rounded up."""
     monkeypatch.setattr(prefill, "plan_chunks", lambda length, buckets, padding: [length])
     with watch_compilations() as log:
-        run(engine, {"short": requests(processor, model_config, 3)["short"]}, GREEDY)
+        run(engine, {"short": requests(processor, 3)["short"]}, GREEDY)
     assert log.count > 0
 
 
