@@ -44,7 +44,7 @@ class Phi4MM:
     def __init__(self, processor: Processor, steps: Steps, weights: Weights):
         """Joins the parts; `from_pretrained` is the usual way to get them."""
         self.processor, self.steps, self.weights = processor, steps, weights
-        self._engine: Engine | None = None
+        self._idle: Engine | None = None  # the last engine, while no call is using it
 
     @classmethod
     def from_pretrained(
@@ -126,7 +126,7 @@ class Phi4MM:
         images, audios = (_media_per_row(m, n, len(rows), batched) for m, n in ((images, "images"), (audios, "audios")))
         prompts = [self._prompt(*row, tools) for row in zip(rows, images, audios, strict=True)]
         answers = self._answers(prompts, params, called)
-        for _ in self._run(prompts, params, answers, self.steps.runtime.engine.decode_steps):
+        for _ in self._pieces(prompts, params, answers, self.steps.runtime.engine.decode_steps):
             pass
         outputs = [answer.output() for answer in answers]
         return outputs if batched else outputs[0]
@@ -146,9 +146,9 @@ class Phi4MM:
         """
         called = time.perf_counter()
         params = [SamplingParams(**_known(sampling))]
-        prompts = [self._prompt(inputs, images or (), audios or (), tools)]
+        prompts = [self._prompt(inputs, *((() if m is None else m) for m in (images, audios)), tools)]
         answers = self._answers(prompts, params, called)
-        return self._pieces(prompts, params, answers)
+        return self._pieces(prompts, params, answers, self.steps.runtime.engine.stream_steps)
 
     def logits(
         self, prompt: str | Sequence[int], *, images: Sequence[Any] = (), audios: Sequence[Any] = ()
@@ -174,53 +174,51 @@ class Phi4MM:
         if _is_conversation(inputs):
             return self.processor.conversation(inputs, tools=tools, images=images, audios=audios)
         if tools is not None:
-            raise ChatError("tools=: go with a conversation; a raw prompt holds them itself")
+            raise ChatError("tools: go with a conversation; a raw prompt holds them itself")
         return self.processor.raw(inputs, images=images, audios=audios)
 
     def _answers(self, prompts: list[Prompt], params: list[SamplingParams], called: float) -> list[Answer]:
-        """Begins the answers, once every request is known to fit."""
-        needed = [
-            cache_length(self.steps, prompt, answer_limit(self.steps, prompt, p))
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
-        self._engine = self._engine_for(len(prompts), max(needed))
+        """Begins the answers, once every request is known to fit the context."""
+        for prompt, p in zip(prompts, params, strict=True):
+            answer_limit(self.steps, prompt, p)
         pairs = zip(prompts, params, strict=True)
         return [Answer(self.processor.tokenizer, prompt, p, called) for prompt, p in pairs]
 
-    def _engine_for(self, rows: int, length: int) -> Engine:
-        """The engine for a batch: the last one if its shape is the same."""
+    def _pieces(
+        self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer], max_steps: int
+    ) -> Iterator[Piece]:
+        """Drives an engine until all answers are finished; yields the pieces of all rows as they come."""
+        pairs = list(zip(prompts, params, strict=True))
+        length = max(cache_length(self.steps, prompt, answer_limit(self.steps, prompt, p)) for prompt, p in pairs)
+        engine = self._take_engine(len(prompts), length)
+        try:
+            growing = {engine.submit(prompt, p): answer for (prompt, p), answer in zip(pairs, answers, strict=True)}
+            while growing:
+                for event in engine.step(max_steps):
+                    answer = growing.get(event.request)
+                    if answer is None:  # ended by a stop string; these tokens were under way
+                        continue
+                    yield answer.push(event)
+                    if answer.finish_reason:
+                        engine.cancel(event.request)
+                        del growing[event.request]
+        finally:
+            engine.reset()
+            self._idle = engine
+
+    def _take_engine(self, rows: int, length: int) -> Engine:
+        """An engine for this many rows and positions: the idle one if its shape is the same."""
         runtime = self.steps.runtime
         batch = min(round_up(rows, runtime.engine.batch_buckets), runtime.engine.max_batch)
         length = round_up(length, runtime.engine.cache_buckets)
-        if self._engine is not None and (self._engine.batch, self._engine.length) == (batch, length):
-            self._engine.reset()
-            return self._engine
-        self._engine = None  # frees its cache before the next one is planned
+        engine, self._idle = self._idle, None
+        if engine is not None and (engine.batch, engine.length) == (batch, length):
+            return engine
+        del engine  # its memory is free before the next one is planned
         plan = plan_memory(self.steps.model, runtime, self.steps.abstract(), batch, length)
-        logger.info("%s", plan)
+        logger.info("memory plan: %s", plan)
         plan.check(available_memory(self.steps.mesh.devices.flat[0]), weights_loaded=True)
         return Engine(self.steps, self.weights, batch, length)
-
-    def _pieces(self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer]) -> Iterator[Piece]:
-        for _, piece in self._run(prompts, params, answers, self.steps.runtime.engine.stream_steps):
-            yield piece
-
-    def _run(
-        self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer], max_steps: int
-    ) -> Iterator[tuple[int, Piece]]:
-        """Drives the engine until all answers are finished; yields (row, piece)."""
-        engine = self._engine
-        ids = [engine.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        try:
-            while engine.busy:
-                for event in engine.step(max_steps):
-                    row = ids.index(event.request)
-                    if answers[row].finish_reason is None:
-                        yield row, answers[row].push(event)
-                        if answers[row].finish_reason:
-                            engine.cancel(event.request)
-        finally:
-            engine.reset()
 
 
 def runtime_config(
@@ -241,15 +239,22 @@ def runtime_config(
 
 
 def _is_conversation(inputs: Any) -> bool:
+    """Whether an input is a list of messages.
+
+    Raises:
+      ChatError: it is no input at all.
+    """
+    if not isinstance(inputs, (str, Sequence, np.ndarray)):
+        raise ChatError(
+            f"expected a conversation (a list of messages), a string or token ids, got {type(inputs).__name__}"
+        )
     return not isinstance(inputs, str) and len(inputs) > 0 and isinstance(inputs[0], Mapping)
 
 
 def _is_batch(inputs: Any) -> bool:
     """Whether this is a list of inputs: its members are strings, conversations or id lists, not messages or ids."""
-    if isinstance(inputs, (str, np.ndarray)):
-        return isinstance(inputs, np.ndarray) and inputs.ndim > 1
-    if not isinstance(inputs, Sequence):
-        raise ChatError(f"inputs: expected a conversation, a string, token ids, or a list of these, got {inputs!r}")
+    if not isinstance(inputs, (list, tuple)):
+        return False
     return len(inputs) > 0 and not isinstance(inputs[0], (Mapping, int, np.integer))
 
 
@@ -281,6 +286,6 @@ def _media_per_row(media: Sequence[Any] | None, name: str, rows: int, batched: b
         return [media]
     if len(media) != rows:
         raise ChatError(f"{name}: has {len(media)} lists for {rows} inputs; expected one list per input")
-    return [row or () for row in media]
+    return [() if row is None else row for row in media]
 
 

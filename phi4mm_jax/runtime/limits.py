@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.buckets import plan_chunks
-from phi4mm_jax.runtime.sampling import DEFAULT_MAX_TOKENS, SamplingParams
+from phi4mm_jax.runtime.sampling import DEFAULT_MAX_TOKENS, SamplingError, SamplingParams
 from phi4mm_jax.runtime.steps import Steps
 
 
@@ -34,7 +34,12 @@ def answer_limit(steps: Steps, prompt: Prompt, params: SamplingParams) -> int:
 
     Raises:
       RequestError: prompt and answer do not fit the context.
+      SamplingError: `logit_bias` names a token outside the vocabulary.
     """
+    vocab_size = steps.model.text.vocab_size
+    for token in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise SamplingError(f"logit_bias names token {token}; the vocabulary has ids 0 to {vocab_size - 1}")
     length = len(prompt.token_ids)
     limit = check_length(steps, length)
     wanted = max(params.min_tokens, 1) if params.max_tokens is None else params.max_tokens

@@ -158,15 +158,9 @@ class SamplingState:
     def row(
         cls, params: SamplingParams, prompt: np.ndarray, max_tokens: int, stop_ids: Sequence[int], vocab_size: int
     ) -> SamplingState:
-        """One row's state, numpy, without the leading axis.
-
-        Raises:
-          SamplingError: `logit_bias` names a token outside the vocabulary.
-        """
+        """One row's state, numpy, without the leading axis."""
         bias, in_prompt = np.zeros(vocab_size, np.float32), np.zeros(vocab_size, np.bool_)
         for token, amount in params.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise SamplingError(f"logit_bias names token {token}; the vocabulary has ids 0 to {vocab_size - 1}")
             bias[token] = amount
         in_prompt[prompt] = True
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64

@@ -8,7 +8,7 @@ from jax.nn import log_softmax
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.engine import Engine, RequestError, answer_limit, cache_length
-from phi4mm_jax.runtime.sampling import SamplingParams
+from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.runtime.scoring import score
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -198,6 +198,12 @@ def test_what_cannot_fit_is_refused(engine, text_prompt, length, max_tokens, mes
 def test_limits_without_max_tokens(steps, text_prompt):
     assert answer_limit(steps, text_prompt(200), SamplingParams()) == 56
     assert answer_limit(steps, text_prompt(200), SamplingParams(max_tokens=56)) == 56
+
+
+def test_logit_bias_outside_the_vocabulary(steps, text_prompt):
+    vocab_size = steps.model.text.vocab_size
+    with pytest.raises(SamplingError, match=f"logit_bias names token {vocab_size}.*0 to {vocab_size - 1}"):
+        answer_limit(steps, text_prompt(3), SamplingParams(logit_bias={vocab_size: 1.0}))
 
 
 @pytest.mark.parametrize(

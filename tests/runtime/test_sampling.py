@@ -319,11 +319,6 @@ def test_min_tokens_beyond_max_tokens():
         SamplingParams(min_tokens=5, max_tokens=4)
 
 
-def test_logit_bias_outside_the_vocabulary():
-    with pytest.raises(SamplingError, match=f"logit_bias names token {VOCAB}.*0 to {VOCAB - 1}"):
-        state_of(SamplingParams(logit_bias={VOCAB: 1.0}))
-
-
 @pytest.mark.parametrize(
     ("settings", "kind"),
     [
