@@ -244,6 +244,20 @@ def test_a_stream_can_be_left(model, golden, cases):
     assert output.token_ids == golden["tokens/text"].tolist()
 
 
+def test_streams_and_calls_interleave(model):
+    """Each goes on where it was, whatever is asked in between."""
+    settings = {"max_tokens": 6, "ignore_eos": True}
+    first, second = "<|user|>Hi<|end|><|assistant|>", [5, 6, 7]
+    alone = [model.generate(inputs, **settings).token_ids for inputs in (first, second)]
+    streams = [model.stream(inputs, **settings) for inputs in (first, second)]
+    begun = [next(stream) for stream in streams]
+    assert model.generate([second, first], **settings)[1].token_ids == alone[0]
+    for piece, stream, expected in zip(begun, streams, alone, strict=True):
+        pieces = [piece, *stream]
+        assert [token for piece in pieces for token in piece.token_ids] == expected
+        assert pieces[-1].finish_reason == "length"
+
+
 # --- logits --------------------------------------------------------------------------------------------------
 
 
