@@ -506,8 +506,9 @@ class EngineConfig:
     """Cache lengths in tokens; the last leaves room beyond the longest context for padding."""
     prefill_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths of a prompt, in tokens; the largest is the most that one prefill call takes."""
-    prefill_padding: float = 1.0
-    """Most padding of a prompt's last chunk, as a share of its tokens, before it is split further."""
+    prefill_call_cost: int = 256
+    """What a prefill call costs beyond its tokens, in tokens: splitting a prompt further saves padding but reads the
+    weights once more."""
     prefill_rows: int = 1
     """Most prompts that one prefill call takes."""
     crop_buckets: tuple[int, ...] = (1, 2, 4, 8)
@@ -534,8 +535,8 @@ class EngineConfig:
                 raise ConfigError(f"engine.{name} = {list(getattr(self, name))}: must begin with 1")
         if any(frames % 8 for frames in self.audio_buckets):
             raise ConfigError(f"engine.audio_buckets = {list(self.audio_buckets)}: expected multiples of 8")
-        if self.prefill_padding < 0:
-            raise ConfigError(f"engine.prefill_padding = {self.prefill_padding}: must not be negative")
+        if self.prefill_call_cost < 0:
+            raise ConfigError(f"engine.prefill_call_cost = {self.prefill_call_cost}: must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def round_up(size: int, buckets: Sequence[int]) -> int:
@@ -19,27 +20,22 @@ def split_exactly(count: int, buckets: Sequence[int]) -> list[int]:
     return parts
 
 
-def plan_chunks(length: int, buckets: Sequence[int], padding: float) -> list[int]:
-    """Chunk lengths whose sum covers `length` tokens; only the last chunk is padded.
+@lru_cache(maxsize=4096)
+def plan_chunks(length: int, buckets: tuple[int, ...], call_cost: int) -> tuple[int, ...]:
+    """The cheapest chunk lengths that cover `length` tokens; only the last chunk is padded.
 
     Args:
       length: tokens to cover.
-      buckets: increasing chunk lengths.
-      padding: most padding of the last chunk, as a share of its real tokens; with more, a smaller chunk is cut off
-        first (where there is one).
+      buckets: increasing chunk lengths. What passes the largest is cut into chunks of that.
+      call_cost: what a call costs on top of its tokens, in tokens: the weights are read anew.
 
     Returns:
-      The chunk lengths in order.
+      The chunk lengths, largest first.
     """
-    chunks = []
-    while length > 0:
-        if length > buckets[-1]:
-            chunk = buckets[-1]
-        else:
-            chunk = round_up(length, buckets)
-            smaller = [b for b in buckets if b < length]
-            if smaller and chunk > length * (1 + padding):
-                chunk = smaller[-1]
-        chunks.append(chunk)
-        length -= chunk
-    return chunks
+    if length <= 0:
+        return ()
+    if length > buckets[-1]:
+        whole = (length - 1) // buckets[-1]
+        return buckets[-1:] * whole + plan_chunks(length - whole * buckets[-1], buckets, call_cost)
+    plans = [(b, *plan_chunks(length - b, buckets[: i + 1], call_cost)) for i, b in enumerate(buckets) if b < length]
+    return min([*plans, (round_up(length, buckets),)], key=lambda plan: sum(plan) + call_cost * len(plan))

@@ -59,5 +59,5 @@ def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
     prefills = [length]
     if length <= switch < length + max_tokens:
         prefills.append(switch + 1)
-    padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_padding)) for n in prefills)
+    padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_call_cost)) for n in prefills)
     return max(*padded, length + max_tokens) + 1

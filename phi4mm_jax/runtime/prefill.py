@@ -80,7 +80,7 @@ def plan_prefill(rows: Sequence[PrefillRow], engine: EngineConfig) -> list[Prefi
     """Cuts the rows into chunks and puts chunks of equal length together, up to `prefill_rows` a call."""
     chunks = []  # (how many chunks the row has had, size, final, start, row)
     for row in rows:
-        start, plan = 0, plan_chunks(len(row.tokens), engine.prefill_buckets, engine.prefill_padding)
+        start, plan = 0, plan_chunks(len(row.tokens), engine.prefill_buckets, engine.prefill_call_cost)
         for turn, size in enumerate(plan):
             chunks.append(((turn, size, turn == len(plan) - 1), start, row))
             start += size

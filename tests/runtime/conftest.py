@@ -32,6 +32,7 @@ def runtime() -> RuntimeConfig:
             "batch_buckets": [1, 2, 4, 12],
             "cache_buckets": [LENGTH, 512],
             "prefill_buckets": [16, 64],
+            "prefill_call_cost": 4,
             "prefill_block": 32,
             "crop_buckets": [1, 2, 4],
             "window_buckets": [1],

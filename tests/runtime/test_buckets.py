@@ -18,24 +18,25 @@ def test_split_exactly(buckets):
         assert parts == sorted(parts, reverse=True)
 
 
-@pytest.mark.parametrize("padding", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("call_cost", [0, 32, 256])
 @pytest.mark.parametrize("buckets", BUCKETS, ids=str)
-def test_plan_chunks(buckets, padding):
+def test_plan_chunks(buckets, call_cost):
     for length in range(1, 3 * buckets[-1] + 2):
-        chunks = plan_chunks(length, buckets, padding)
+        chunks = plan_chunks(length, buckets, call_cost)
         assert set(chunks) <= set(buckets)
-        before = sum(chunks[:-1])
-        assert before < length <= sum(chunks)  # nothing missing, and only the last chunk is padded
-        assert chunks == sorted(chunks, reverse=True)
-        rest, last = length - before, chunks[-1]
-        assert last == round_up(rest, buckets)
-        smaller = [b for b in buckets if b < rest]
-        assert last <= rest * (1 + padding) or not smaller
+        assert sum(chunks[:-1]) < length <= sum(chunks)  # nothing missing, and only the last chunk is padded
+        assert list(chunks) == sorted(chunks, reverse=True)
+        # Each number of largest chunks before one padded chunk is a plan too: none of them is cheaper.
+        rest = length - (length - 1) // buckets[-1] * buckets[-1]
+        simple = length - rest + round_up(rest, buckets) + call_cost * ((length - rest) // buckets[-1] + 1)
+        assert sum(chunks) + call_cost * len(chunks) <= simple
 
 
-def test_plan_chunks_uses_few():
-    """With generous padding a prompt within the largest bucket takes one call."""
-    assert plan_chunks(600, (64, 256, 1024), 1.0) == [1024]
-    assert plan_chunks(500, (64, 256, 1024), 1.0) == [256, 256]
-    assert plan_chunks(2500, (64, 256, 1024), 1.0) == [1024, 1024, 256, 256]
-    assert plan_chunks(0, (64,), 1.0) == []
+def test_plan_chunks_weighs_padding_against_calls():
+    assert plan_chunks(600, (64, 256, 1024), 256) == (1024,)
+    assert plan_chunks(500, (64, 256, 1024), 256) == (256, 256)
+    assert plan_chunks(2500, (64, 256, 1024), 256) == (1024, 1024, 256, 256)
+    assert plan_chunks(40, (32, 64, 128), 32) == (64,)
+    assert plan_chunks(300, (32, 64, 128, 256, 512), 32) == (256, 64)
+    assert plan_chunks(300, (32, 64, 128, 256, 512), 0) == (256, 32, 32)
+    assert plan_chunks(0, (64,), 1) == ()

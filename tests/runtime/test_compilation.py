@@ -81,7 +81,7 @@ def test_other_requests_compile_nothing(warm, engine, processor, run, seed):
 
 def test_a_shape_that_leaks_is_noticed(warm, engine, processor, run, monkeypatch):
     """The test above would fail if prompts were not rounded up."""
-    monkeypatch.setattr(prefill, "plan_chunks", lambda length, buckets, padding: [length])
+    monkeypatch.setattr(prefill, "plan_chunks", lambda length, buckets, call_cost: (length,))
     with watch_compilations() as log:
         run(engine, {"short": requests(processor, 3)["short"]}, GREEDY)
     assert log.count > 0
