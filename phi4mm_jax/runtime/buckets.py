@@ -38,4 +38,4 @@ def plan_chunks(length: int, buckets: tuple[int, ...], call_cost: int) -> tuple[
         whole = (length - 1) // buckets[-1]
         return buckets[-1:] * whole + plan_chunks(length - whole * buckets[-1], buckets, call_cost)
     plans = [(b, *plan_chunks(length - b, buckets[: i + 1], call_cost)) for i, b in enumerate(buckets) if b < length]
-    return min([*plans, (round_up(length, buckets),)], key=lambda plan: sum(plan) + call_cost * len(plan))
+    return min([*plans, (round_up(length, buckets),)], key=lambda plan: (sum(plan) + call_cost * len(plan), len(plan)))

@@ -42,14 +42,17 @@ def answer_limit(steps: Steps, prompt: Prompt, params: SamplingParams) -> int:
             raise SamplingError(f"logit_bias names token {token}; the vocabulary has ids 0 to {vocab_size - 1}")
     length = len(prompt.token_ids)
     limit = check_length(steps, length)
-    wanted = max(params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
-    if length + wanted > limit:
-        name = "max_tokens" if params.max_tokens is not None or not params.min_tokens else "min_tokens"
-        raise RequestError(
-            f"{name} = {wanted}: with a prompt of {length} tokens it passes the context of {limit}; at most "
-            f"{limit - length} fit"
-        )
-    return max(wanted, min(DEFAULT_MAX_TOKENS, limit - length)) if params.max_tokens is None else wanted
+    if length == limit:
+        raise RequestError(f"prompt: {length} tokens leave no room for an answer; the context has {limit} in all")
+    for name in ("min_tokens", "max_tokens"):
+        if length + (getattr(params, name) or 0) > limit:
+            raise RequestError(
+                f"{name} = {getattr(params, name)}: with a prompt of {length} tokens it passes the context of {limit};"
+                f" at most {limit - length} fit"
+            )
+    if params.max_tokens is not None:
+        return params.max_tokens
+    return max(params.min_tokens, min(DEFAULT_MAX_TOKENS, limit - length))
 
 
 def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
@@ -57,7 +60,7 @@ def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
     engine, switch = steps.runtime.engine, steps.model.text.original_max_position_embeddings
     length = len(prompt.token_ids)
     prefills = [length]
-    if length <= switch < length + max_tokens:
+    if length <= switch < length + max_tokens - 1:
         prefills.append(switch + 1)
     padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_call_cost)) for n in prefills)
     return max(*padded, length + max_tokens) + 1

@@ -38,5 +38,5 @@ def test_plan_chunks_weighs_padding_against_calls():
     assert plan_chunks(2500, (64, 256, 1024), 256) == (1024, 1024, 256, 256)
     assert plan_chunks(40, (32, 64, 128), 32) == (64,)
     assert plan_chunks(300, (32, 64, 128, 256, 512), 32) == (256, 64)
-    assert plan_chunks(300, (32, 64, 128, 256, 512), 0) == (256, 32, 32)
+    assert plan_chunks(300, (32, 64, 128, 256, 512), 0) == (256, 64)
     assert plan_chunks(0, (64,), 1) == ()
