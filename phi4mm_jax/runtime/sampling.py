@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -94,8 +95,8 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise SamplingError(f"logit_bias = {self.logit_bias!r}: expected a mapping from token id to -100 to 100")
         for token, bias in self.logit_bias.items():
-            whole = isinstance(token, int) and not isinstance(token, bool)
-            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+            number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
             if not whole or not number or not -100 <= bias <= 100:
                 raise SamplingError(f"logit_bias = {{{token!r}: {bias!r}}}: expected token id -> -100 to 100")
 
@@ -109,18 +110,21 @@ class SamplingParams:
 
 def _number(params: SamplingParams, name: str, low: float, high: float, exclude_low: bool = False) -> None:
     value = getattr(params, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value > high or value < low or (exclude_low and value == low):
         bound = f"more than {low:g}" if exclude_low else f"at least {low:g}"
         limit = "" if high == math.inf else f" and at most {high:g}"
         raise SamplingError(f"{name} = {value!r}: expected a number of {bound}{limit}")
+    object.__setattr__(params, name, float(value))
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
     value = getattr(params, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
         limit = "" if high is None else f" and at most {high}"
         raise SamplingError(f"{name} = {value!r}: expected an integer of at least {low}{limit}")
+    object.__setattr__(params, name, int(value))
 
 
 @partial(jax.tree_util.register_dataclass)

@@ -265,7 +265,7 @@ class Steps:
 
         def go_on(carry: tuple[jax.Array, DecodeState, Drawn]) -> jax.Array:
             step, state, _ = carry
-            return (step < steps) & jnp.any(running(state))
+            return (step < jnp.minimum(steps, width)) & jnp.any(running(state))
 
         def advance(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
             step, state, drawn = carry

@@ -23,6 +23,17 @@ def test_default_prefers_the_platform(monkeypatch):
     assert dispatch.run("f", BACKENDS, None, 1) == 2
 
 
+def test_preference_replaces_the_platform(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with dispatch.prefer("xla"):
+        assert dispatch.run("f", BACKENDS, None, 1) == 1
+        assert dispatch.run("f", BACKENDS, "gpu", 1) == 2
+        with dispatch.prefer("tpu", "cpu", "gpu"):  # not there, refuses, does it
+            assert dispatch.run("f", BACKENDS, None, 1) == 2
+        assert dispatch.run("f", BACKENDS, None, 1) == 1
+    assert dispatch.run("f", BACKENDS, None, 1) == 2
+
+
 def test_reason_reaches_the_user_who_asked_by_name():
     with pytest.raises(NotImplementedError, match="multiple of 8"):
         dispatch.run("f", BACKENDS, "cpu", 1)

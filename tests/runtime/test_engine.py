@@ -182,7 +182,7 @@ def test_times(engine, prompts, run):
     ("length", "max_tokens", "message"),
     [
         (0, 1, "prompt: has no tokens"),
-        (256, None, "with a prompt of 256 tokens it passes the context of 256; at most 0 fit"),
+        (256, None, "prompt: 256 tokens leave no room for an answer"),
         (300, 1, "prompt: 300 tokens leave no room"),
         (250, 7, "max_tokens = 7: with a prompt of 250 tokens.*256.*at most 6"),
         (120, 8, "need 129 cache positions; this engine has 128"),
