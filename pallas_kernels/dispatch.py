@@ -4,7 +4,9 @@ An operator has a table from backend name to function, with "xla" always in it. 
 raises NotImplementedError with the reason, when it is traced.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -12,9 +14,25 @@ import jax
 Implementation = str | Sequence[str] | None
 """A backend's name, several names in order of preference, or None: the platform's own backend, then "xla"."""
 
+_preferred: ContextVar[tuple[str, ...] | None] = ContextVar("preferred", default=None)
+
 
 class UnknownBackendError(NotImplementedError, ValueError):
     """An operator has no backend of the name that was asked for."""
+
+
+@contextmanager
+def prefer(*names: str) -> Iterator[None]:
+    """Within it, an implementation of None means the backends of these names that the operator has, then "xla".
+
+    `with prefer("xla")` is for a program over several devices: XLA does not partition another backend's call. Backends
+    are chosen when a program is traced, so it belongs inside the function that is traced.
+    """
+    token = _preferred.set(names)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def run(operator: str, backends: Mapping[str, Callable], implementation: Implementation, *args: Any, **kwargs: Any):
@@ -35,7 +53,9 @@ def run(operator: str, backends: Mapping[str, Callable], implementation: Impleme
       NotImplementedError: the last of the chosen backends cannot do the case.
     """
     if implementation is None:
-        names = [name for name in (jax.default_backend(), "xla") if name in backends]
+        preferred = _preferred.get()
+        preferred = (jax.default_backend(),) if preferred is None else preferred
+        names = [name for name in dict.fromkeys((*preferred, "xla")) if name in backends]
     else:
         names = [implementation] if isinstance(implementation, str) else list(implementation)
     for name in names:

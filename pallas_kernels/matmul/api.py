@@ -3,9 +3,9 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import cpu, reference
 
-BACKENDS = {"xla": reference.matmul}
+BACKENDS = {"cpu": cpu.matmul, "xla": reference.matmul}
 
 
 def matmul(

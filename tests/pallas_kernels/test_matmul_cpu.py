@@ -180,7 +180,7 @@ def script(path, text):
     [
         ("exit 1", "exit status 1"),
         ('[ "$1" = --version ] || { echo in file; echo "no.h: error: absent"; exit 1; } >&2', "no.h: error: absent"),
-        ('[ "$1" = --version ] || for last; do :; done; echo text > "$last"', ".so"),  # not a library
+        ('[ "$1" = --version ] && exit; for last; do :; done; echo text > "$last"', ".so"),  # not a library
     ],
 )
 def test_a_build_that_fails(compiler, reason, fresh, tmp_path, monkeypatch):
