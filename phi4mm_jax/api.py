@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.answer import Answer, Output, Piece, Usage
-from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
 from phi4mm_jax.runtime.buckets import round_up
@@ -53,7 +54,7 @@ class Phi4MM:
         *,
         revision: str | None = None,
         config: str | Path | RuntimeConfig = "auto",
-        dtype: str | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
         token: str | None = None,
         local_files_only: bool = False,
         progress: bool = True,
@@ -222,7 +223,7 @@ class Phi4MM:
 
 
 def runtime_config(
-    config: str | Path | RuntimeConfig, dtype: str | None, **sections: Mapping[str, Any]
+    config: str | Path | RuntimeConfig, dtype: jax.typing.DTypeLike | None, **sections: Mapping[str, Any]
 ) -> RuntimeConfig:
     """The runtime configuration that `from_pretrained`'s arguments mean, for the devices at hand."""
     if isinstance(config, RuntimeConfig):
@@ -234,8 +235,12 @@ def runtime_config(
         runtime = RuntimeConfig.load(config, **sections)
     if dtype is None:
         return runtime
-    everything = {"activations": dtype, "kv_cache": dtype, "matmul_precision": "highest"} if dtype == "float32" else {}
-    return runtime.override(dtypes={"params": dtype, **everything})
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        raise ConfigError(f"dtype = {dtype!r}: expected bfloat16, float16 or float32") from None
+    everything = {"activations": name, "kv_cache": name, "matmul_precision": "highest"} if name == "float32" else {}
+    return runtime.override(dtypes={"params": name, **everything})
 
 
 def _is_conversation(inputs: Any) -> bool:
