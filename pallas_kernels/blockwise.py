@@ -26,6 +26,7 @@ def attend(
     last_start = k.shape[2] - block_size
     dtype = jnp.dtype(jnp.bfloat16) if k.dtype == jnp.uint16 else k.dtype
     q = q.astype(dtype)
+    last = positions.max(axis=1)[:, None, None, None]
     positions = positions[:, None, :, None]
 
     def step(index, carry):
@@ -39,7 +40,9 @@ def attend(
         weights = jnp.exp(scores - new_largest)
         decay = jnp.exp(largest - new_largest)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
-        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), _block(v, slots, start, block_size))
+        # A weight of 0 does not silence what an earlier user of the row may have left there: 0 x NaN is NaN.
+        values = jnp.where(keys.reshape(1, 1, -1, 1) <= last, _block(v, slots, start, block_size), 0)
+        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), values)
         return new_largest, total, output
 
     rows = q.shape[:3]

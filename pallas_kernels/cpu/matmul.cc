@@ -59,16 +59,19 @@ namespace portable {
 #ifdef __x86_64__
 
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define VECTOR_BYTES 32
+#define FROM_FLOAT16(pairs, upper) _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)pairs, upper))
 #include "dot.inc"
 #undef TARGET
 #undef VECTOR_BYTES
+#undef FROM_FLOAT16
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,fma")))
 #define VECTOR_BYTES 64
+#define FROM_FLOAT16(pairs, upper) _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)pairs, upper))
 #include "dot.inc"
 #undef TARGET
 }  // namespace avx512
@@ -79,12 +82,14 @@ namespace avx512_bf16 {
 #include "dot.inc"
 #undef TARGET
 #undef VECTOR_BYTES
+#undef FROM_FLOAT16
 #undef BFLOAT16_DOT
 }  // namespace avx512_bf16
 
 #endif
 
-// The kernel of the widest instruction set that the machine has, up to the given one, an index into SETS of cpu.py.
+// The kernel of the widest instruction set that the machine has, up to the given index into INSTRUCTION_SETS of
+// library.py. What has AVX2 has F16C.
 Kernel Choose(Type type, int64_t widest) {
   const auto index = static_cast<size_t>(type);
 #ifdef __x86_64__
