@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi4mm_jax.config import ModelConfig, parse_settings
-from phi4mm_jax.terminal import TerminalChat, audio_part, conversation, image_part, is_input_error, user_message
+from phi4mm_jax.terminal import TerminalChat, attach, conversation, is_input_error, user_message, users_names
 
 if TYPE_CHECKING:
     from phi4mm_jax.api import Phi4MM
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="hub id or directory (%(default)s)")
         command.add_argument("--system", metavar="S", help="system message")
+        command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
+        command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
         _add_sampling(command)
     for command in (generate, chat, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
@@ -149,7 +151,8 @@ def _load(args: argparse.Namespace) -> Phi4MM:
         args.model,
         revision=args.revision,
         config=args.config,
-        progress=sys.stderr.isatty(),
+        dtype=args.dtype,
+        progress=not args.quiet,
         **parse_settings(args.set),
     )
 
@@ -159,17 +162,31 @@ def _load(args: argparse.Namespace) -> Phi4MM:
 
 def _generate(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    media = [*map(image_part, args.image), *map(audio_part, args.audio)]
-    messages = conversation(args.system, user_message(prompt, media))
+    attachments = [attach("--image", source) for source in args.image]
+    attachments += [attach("--audio", source) for source in args.audio]
+    messages = conversation(args.system, user_message(_prompt(args, bool(attachments)), attachments))
     model = _load(args)
-    if args.json:
-        output = dataclasses.asdict(model.generate(messages, **sampling))
-        print(json.dumps(output, ensure_ascii=False, default=lambda array: array.tolist()), flush=True)
-        return
-    for piece in model.stream(messages, **sampling):
-        print(piece.text, end="", flush=True)
+    with users_names(len(messages) - 1, "PROMPT", attachments):
+        if args.json:
+            output = dataclasses.asdict(model.generate(messages, **sampling))
+            print(json.dumps(output, ensure_ascii=False), flush=True)
+            return
+        for piece in model.stream(messages, **sampling):
+            print(piece.text, end="", flush=True)
     print()
+
+
+def _prompt(args: argparse.Namespace, may_be_empty: bool) -> str:
+    """Returns the text of PROMPT or of standard input."""
+    from phi4mm_jax.processing.prompt import ChatError
+
+    try:
+        prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError:
+        raise ChatError("PROMPT: standard input is not UTF-8 text") from None
+    if not prompt.strip() and not may_be_empty:
+        raise ChatError("PROMPT: is empty; without --image or --audio there is nothing to answer")
+    return prompt
 
 
 def _chat(args: argparse.Namespace) -> None:

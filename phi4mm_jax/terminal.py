@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import signal
 import sys
@@ -31,33 +32,61 @@ def is_input_error(error: ValueError) -> bool:
     return type(error).__module__.partition(".")[0] == __package__
 
 
-def image_part(source: str) -> Part:
-    """Returns a picture as a message part, decoded once and for all.
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """A picture or a sound clip of a message."""
+
+    name: str
+    """What the user calls it, such as `--image photo.jpg`."""
+    part: Part
+    """The part of the message."""
+
+
+def attach(flag: str, source: str) -> Attachment:
+    """Opens what a flag or command (`--image`, `/audio`, ...) names, decoded once and for all.
 
     Raises:
-      MediaError: it cannot be read, or is no picture.
-    """
-    from phi4mm_jax.processing.images import load_image
-    from phi4mm_jax.processing.media import MediaLimits
-
-    return {"type": "image", "image": load_image(source, MediaLimits())}
-
-
-def audio_part(source: str) -> Part:
-    """Returns a sound clip as a message part, decoded once and for all.
-
-    Raises:
-      MediaError: it cannot be read, or is no sound.
+      MediaError: it cannot be read, or is no picture or sound.
     """
     from phi4mm_jax.processing.audio import load_audio
-    from phi4mm_jax.processing.media import MediaLimits
+    from phi4mm_jax.processing.images import load_image
+    from phi4mm_jax.processing.media import MediaLimits, describe
+    from phi4mm_jax.processing.prompt import MediaError
 
-    return {"type": "audio", "audio": load_audio(source, MediaLimits())}
+    kind = flag.strip("-/")
+    try:
+        medium = (load_image if kind == "image" else load_audio)(source, MediaLimits())
+    except MediaError as error:
+        raise MediaError(f"{flag} {error}") from error
+    return Attachment(f"{flag} {describe(source)}", {"type": kind, kind: medium})
 
 
-def user_message(text: str, media: Sequence[Part] = ()) -> Message:
+def user_message(text: str, attachments: Sequence[Attachment] = ()) -> Message:
     """Returns a message with the media first; the text may place them elsewhere by tags such as <|image_1|>."""
-    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*(a.part for a in attachments), {"type": "text", "text": text}]}
+
+
+@contextlib.contextmanager
+def users_names(index: int, text_name: str, attachments: Sequence[Attachment]) -> Iterator[None]:
+    """Makes this package's errors call the parts of a `user_message` what the user calls them.
+
+    Args:
+      index: of the message in its conversation.
+      text_name: what the user calls the text.
+      attachments: those of the message.
+    """
+    where = f"messages[{index}]"
+    names = {f"{where}.content[{i}].{a.part['type']}": a.name for i, a in enumerate(attachments)}
+    names |= {f"{where}.content[{len(attachments)}].text": text_name, where: text_name}  # the longer ones first
+    try:
+        yield
+    except ValueError as error:
+        if is_input_error(error):
+            text = str(error)
+            for path, name in names.items():
+                text = text.replace(path, name)
+            error.args = (text,)
+        raise
 
 
 def conversation(system: str | None, *messages: Message) -> list[Message]:
@@ -79,10 +108,10 @@ class TerminalChat:
         self._system = system
         self._sampling = dict(sampling or {})
         self._messages: list[Message] = []
-        self._media: list[Part] = []
+        self._attachments: list[Attachment] = []
         self._commands: dict[str, Callable[[str], None]] = {
-            "/image": lambda source: self._attach(image_part, source),
-            "/audio": lambda source: self._attach(audio_part, source),
+            "/image": lambda source: self._attach("/image", source),
+            "/audio": lambda source: self._attach("/audio", source),
             "/system": self._set_system,
             "/clear": lambda _: self._clear(),
             "/help": lambda _: print(HELP),
@@ -102,18 +131,26 @@ class TerminalChat:
             except KeyboardInterrupt:
                 print("\n/quit or Ctrl-D leaves.")
                 continue
-            if line == "/quit":
+            if line and not self.handle(line):
                 return
-            if line:
-                self.handle(line)
 
-    def handle(self, line: str) -> None:
-        """Obeys a command or answers a message; an input error is shown and the conversation stays as it was."""
-        word, _, rest = line.partition(" ")
+    def handle(self, line: str) -> bool:
+        """Obeys a command or answers a message; an input error is shown and the conversation stays as it was.
+
+        Args:
+          line: what was typed, not blank.
+
+        Returns:
+          False if it was /quit.
+        """
+        word, rest = [*line.split(maxsplit=1), ""][:2]
+        command = word.lower()
+        if command == "/quit":
+            return False
         try:
-            if word in self._commands:
-                self._commands[word](rest.strip())
-            elif re.fullmatch("/[a-z]+", word):
+            if command in self._commands:
+                self._commands[command](rest.strip())
+            elif re.fullmatch("/[a-z]+", command):
                 print(f"unknown command {word}; /help lists the commands")
             else:
                 self._answer(line)
@@ -121,22 +158,27 @@ class TerminalChat:
             if not is_input_error(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
+        return True
 
-    def _attach(self, load: Callable[[str], Part], source: str) -> None:
-        self._media.append(load(source.strip("'\"")))
-        print("Attached to the next message.")
+    def _attach(self, command: str, source: str) -> None:
+        if source := source.strip("'\""):
+            self._attachments.append(attach(command, source))
+            print("Attached to the next message.")
+        else:
+            print(f"usage: {command} PATH")
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
 
     def _clear(self) -> None:
-        self._messages, self._media = [], []
+        self._messages, self._attachments = [], []
 
     def _answer(self, text: str) -> None:
-        question = user_message(text, self._media)
-        self._media = []  # dropped even on an error: a picture that does not fit must not fail every later message
-        messages, answer = [*self._messages, question], ""
+        # dropped even on an error: a picture that does not fit must not fail every later message
+        attachments, self._attachments = self._attachments, []
+        messages, answer = [*self._messages, user_message(text, attachments)], ""
         with (
+            users_names(len(conversation(self._system, *messages)) - 1, "your message", attachments),
             _interrupt_flag() as interrupted,
             contextlib.closing(self._model.stream(conversation(self._system, *messages), **self._sampling)) as pieces,
         ):

@@ -30,7 +30,7 @@ class Usage:
 @dataclasses.dataclass
 class Output:
     text: str = "héllo"
-    token_ids: Any = dataclasses.field(default_factory=lambda: np.arange(2))
+    token_ids: Any = dataclasses.field(default_factory=lambda: [0, 1])
     finish_reason: str = "stop"
     logprobs: None = None
     usage: Usage = dataclasses.field(default_factory=Usage)
@@ -91,13 +91,14 @@ def test_generate_streams(model: FakeModel, capsys: pytest.CaptureFixture[str]) 
         "name": "microsoft/Phi-4-multimodal-instruct",
         "revision": None,
         "config": "auto",
-        "progress": False,
+        "dtype": None,
+        "progress": True,
     }
     assert model.asked == [([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], {})]
 
 
 def test_every_option_reaches_the_library(model: FakeModel) -> None:
-    options = "--model M --revision R --config cpu --set engine.max_batch=2 --set dtypes.params=float32 --system S"
+    options = "--model M --revision R --config cpu --dtype float32 --quiet --set engine.max_batch=2 --system S"
     sampling = (
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --presence-penalty 1 --frequency-penalty -1 "
         "--repetition-penalty 1.1 --logit-bias 7=-2.5 --logit-bias 8=1 --seed 3 --stop A --stop B --max-tokens 9 "
@@ -108,9 +109,9 @@ def test_every_option_reaches_the_library(model: FakeModel) -> None:
         "name": "M",
         "revision": "R",
         "config": "cpu",
+        "dtype": "float32",
         "progress": False,
         "engine": {"max_batch": 2},
-        "dtypes": {"params": "float32"},
     }
     messages, given = model.asked[0]
     assert messages[0] == {"role": "system", "content": "S"}
@@ -143,6 +144,31 @@ def test_json_is_one_object(model: FakeModel, capsys: pytest.CaptureFixture[str]
     }
     assert "é" in out
     assert model.asked[0][1] == {"logprobs": 2}
+
+
+def test_json_keeps_standard_output_clean(oracle_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", str(oracle_checkpoint), "--json", "--max-tokens", "1", "Hello"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["usage"]["completion_tokens"] == 1 and captured.err
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "-"])
+def test_an_empty_prompt_needs_media(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, clip: str, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert cli.main(["generate", prompt]) == 2
+    assert capsys.readouterr().err.startswith("phi4mm: PROMPT: is empty; ")
+    assert not model.loaded
+    assert cli.main(["generate", prompt, "--audio", clip]) == 0  # a spoken question
+
+
+def test_standard_input_must_be_text(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert cli.main(["generate", "-"]) == 2
+    assert capsys.readouterr().err == "phi4mm: PROMPT: standard input is not UTF-8 text\n"
 
 
 def test_prompt_from_standard_input(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +204,8 @@ def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--image", "absent.png", "x"], "phi4mm: absent.png: no such file"),
-        (["generate", "--audio", "data:audio/wav,noise", "x"], "phi4mm: data:audio/wav,...: "),
+        (["generate", "--image", "absent.png", "x"], "phi4mm: --image absent.png: no such file"),
+        (["generate", "--audio", "data:audio/wav,noise", "x"], "phi4mm: --audio data:audio/wav,...: "),
         (["generate", "--top-p", "2", "x"], "phi4mm: top_p = 2.0: expected"),
         (["generate", "--set", "engine", "x"], "phi4mm: --set engine: expected section.name=value"),
     ],
@@ -215,6 +241,21 @@ def test_an_error_of_ours_is_one_line(model: FakeModel, capsys: pytest.CaptureFi
     model.error = ConfigError("the prompt is too long")
     assert cli.main(["generate", "Hello"]) == 2
     assert capsys.readouterr().err == "phi4mm: the prompt is too long\n"
+
+
+@pytest.mark.parametrize("system", [[], ["--system", "Be brief"]])
+def test_errors_use_the_names_of_the_arguments(
+    oracle_checkpoint: Path, tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str], system: list[str]
+) -> None:
+    Image.new("RGB", (9000, 3)).save(tmp_path / "thin.png")
+    arguments = ["generate", "--model", str(oracle_checkpoint), "--quiet", "--image", picture, *system]
+    for more, message in [
+        (["--image", str(tmp_path / "thin.png"), "?"], f"--image {tmp_path / 'thin.png'}: image of 9000x3 is too long"),
+        (["<|audio_1|>?"], "PROMPT: <|audio_1|> has no audio; PROMPT has 1 audio tag(s) and 0 audio part(s)"),
+        (["--image", picture, "<|image_1|>?"], f"--image {picture}: no tag for this image; PROMPT has 1"),
+    ]:
+        assert cli.main([*arguments, *more]) == 2
+        assert capsys.readouterr().err.startswith(f"phi4mm: {message}")
 
 
 def test_a_bug_keeps_its_traceback(model: FakeModel) -> None:
@@ -309,7 +350,7 @@ def texts(messages: list) -> list[str]:
 
 
 def test_chat_remembers(model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    type_lines(monkeypatch, "One", "", KeyboardInterrupt, "Two", "/clear", "Three", "/quit", "Never")
+    type_lines(monkeypatch, "One", "", KeyboardInterrupt, "Two", "/clear", "Three", "/quit now", "Never")
     assert cli.main(["chat", "--system", "Be brief", "--temperature", "0.5"]) == 0
     assert [texts(messages) for messages, _ in model.asked] == [
         ["Be brief", "One"],
@@ -346,10 +387,13 @@ def test_chat_attaches_to_one_message(
     model: FakeModel, picture: str, clip: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = TerminalChat(model)
-    chat.handle("/image absent.png")
-    assert "error: absent.png: no such file" in capsys.readouterr().err
+    assert chat.handle("/image absent.png")
+    assert capsys.readouterr().err == "error: /image absent.png: no such file\n"
+    for line in ("/image", "/audio ", "/IMAGE ''"):
+        chat.handle(line)
+        assert capsys.readouterr() == (f"usage: {line.split()[0].lower()} PATH\n", "")
     chat.handle(f"/audio {clip}")
-    chat.handle(f"/image '{picture}'")
+    chat.handle(f"/IMAGE '{picture}'")
     chat.handle("One")
     chat.handle("Two")
     first, _, second = model.asked[-1][0]
@@ -364,6 +408,8 @@ def test_chat_commands(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> 
     chat.handle("/system")
     chat.handle("Two")
     assert [texts(messages)[0] for messages, _ in model.asked] == ["Be kind", "/etc/hosts is what?"]
-    for line, answer in [("/help", "/image PATH"), ("/wave", "unknown command /wave")]:
-        chat.handle(line)
+    for line, answer in [("/help", "/image PATH"), ("/Help me", "/image PATH"), ("/Wave", "unknown command /Wave")]:
+        assert chat.handle(line)
         assert answer in capsys.readouterr().out
+    for line in ("/quit", "/quit now", "/QUIT"):
+        assert not chat.handle(line)

@@ -11,6 +11,7 @@ import io
 import numbers
 import os
 import re
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -18,13 +19,15 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 
 from phi4mm_jax.config import AudioConfig
+from phi4mm_jax.processing.display import quote, shorten
 from phi4mm_jax.processing.media import MediaLimits, describe, read
 from phi4mm_jax.processing.prompt import AudioFeatures, MediaError
 
+AUDIO_SOURCES = "a path, a URL, bytes or (samples, rate)"
 AudioSource = str | os.PathLike | bytes | tuple[np.ndarray, int]
 """A path, a URL, the bytes of a file, or (samples, rate)."""
 
-_ACCEPTED = "accepted: WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF"
+_CODECS = "accepted: WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF"
 _RATE = 16_000
 """What audio is brought to, in Hz."""
 _MAX_RATE = 384_000
@@ -36,15 +39,17 @@ _BLOCK = 4096
 _DECODE_BLOCK = 1 << 14
 """Samples of all channels per step of decoding."""
 _MAX_AMPLITUDE = 16.0
-"""Far beyond what decoders overshoot: float samples above this are not on the scale of -1 to 1."""
+"""Loud floats and overshoots of decoders stay far below; what is above is on another scale, such as that of int16."""
+_INTEGERS = {"uint8": (128, 2.0**7), "int16": (0, 2.0**15), "int32": (0, 2.0**31)}
+"""Zero and full scale of the sample types of WAV files; others do not tell theirs: int64 often holds 16-bit samples."""
 
 
 def load_audio(source: AudioSource, limits: MediaLimits) -> tuple[np.ndarray, int]:
     """Decodes a recording and mixes it down to one channel.
 
     Args:
-      source: a file in any form that `media.read` takes, or (samples, rate) with samples [n] or [n, channels], of an
-        integer type at full scale or floats from -1 to 1.
+      source: a file in any form that `media.read` takes, or (samples, rate) with samples [n] or [n, channels]: uint8,
+        int16 or int32 at full scale, or floats from -1 to 1, which are taken as they are.
       limits: size and duration that are accepted.
 
     Returns:
@@ -56,9 +61,9 @@ def load_audio(source: AudioSource, limits: MediaLimits) -> tuple[np.ndarray, in
     if isinstance(source, tuple):
         name, (samples, rate) = "(samples, rate)", _from_array(source, limits)
     elif isinstance(source, np.ndarray):
-        raise MediaError("audio: an array needs its sample rate; expected (samples, rate)")
+        raise MediaError(f"an array needs its sample rate; expected {AUDIO_SOURCES}")
     else:
-        name, (samples, rate) = describe(source), _decode(read(source, limits), describe(source), limits)
+        name, (samples, rate) = describe(source), _decode(read(source, limits, AUDIO_SOURCES), describe(source), limits)
     if not len(samples):
         raise MediaError(f"{name}: holds no samples")
     if not np.isfinite(samples).all():
@@ -81,7 +86,7 @@ def audio_features(samples: np.ndarray, rate: int, config: AudioConfig) -> Audio
     if len(resampled) < _FRAMINGS[model_rate][0]:
         raise MediaError(f"audio of {1000 * len(samples) / rate:.3g} ms is too short; at least 25 ms are needed")
     features = log_mel(resampled, model_rate, config.input_size)
-    return AudioFeatures(features, config.num_tokens(len(features)), len(samples) / rate)
+    return AudioFeatures(features, config.num_tokens(len(features)))
 
 
 def resample(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
@@ -90,10 +95,9 @@ def resample(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
     Raises:
       MediaError: the rate is below 8 kHz or absurdly high.
     """
+    rate = _checked_rate(rate)
     if rate in _FRAMINGS:
         return samples, rate
-    if not min(_FRAMINGS) < rate <= _MAX_RATE:
-        raise MediaError(f"sample rate {rate} Hz is not supported; accepted: 8000 to {_MAX_RATE} Hz")
     if rate % _RATE == 0:
         return _decimate(samples, rate // _RATE), _RATE
     return soxr.resample(samples, rate, _RATE), _RATE
@@ -147,30 +151,36 @@ def _decimate(samples: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _from_array(source: tuple, limits: MediaLimits) -> tuple[np.ndarray, int]:
-    if len(source) != 2 or not isinstance(source[1], numbers.Real) or not float(source[1]).is_integer():
-        raise MediaError("audio: expected (samples, rate), samples an array and rate a whole number of Hz")
+    if len(source) != 2:
+        raise MediaError(f"tuple of {len(source)}; expected {AUDIO_SOURCES}")
+    rate = _checked_rate(source[1])
     try:
-        samples, rate = np.asarray(source[0]), int(source[1])
-    except ValueError:
+        samples = np.asarray(source[0])
+    except (TypeError, ValueError):
         raise MediaError("audio samples do not form an array; expected [samples] or [samples, channels]") from None
     shape = samples.shape
     samples = np.squeeze(samples) if samples.size > 1 else samples.reshape(-1)
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[0] < samples.shape[1]):
         raise MediaError(f"audio samples have shape {shape}; expected [samples] or [samples, channels]")
-    if rate <= 0:
-        raise MediaError(f"sample rate {rate}: must be positive")
     if len(samples) > limits.max_audio_seconds * rate:
         raise _too_long("(samples, rate)", limits)
-    if np.issubdtype(samples.dtype, np.integer):
-        info = np.iinfo(samples.dtype)
-        centre, full_scale = (0, -info.min) if info.min else ((info.max + 1) // 2, (info.max + 1) // 2)
-        samples = (samples.astype(np.float64) - centre) / full_scale
+    if samples.dtype.name in _INTEGERS:
+        zero, full_scale = _INTEGERS[samples.dtype.name]
+        samples = (samples.astype(np.float64) - zero) / full_scale
     elif not np.issubdtype(samples.dtype, np.floating):
-        raise MediaError(f"audio samples of type {samples.dtype}; expected integers, or floats from -1 to 1")
-    elif samples.size and np.abs(samples).max() > _MAX_AMPLITUDE:
-        raise MediaError(f"float audio samples reach {np.abs(samples).max():.3g}; expected -1 to 1")
+        kind = shorten(samples.dtype)
+        raise MediaError(f"audio samples of type {kind}; give uint8, int16 or int32 samples, or floats from -1 to 1")
+    elif samples.size and (peak := np.abs(samples).max()) > _MAX_AMPLITUDE:
+        raise MediaError(f"float audio samples reach {peak:.3g}; expected -1 to 1, at most {_MAX_AMPLITUDE:g}")
     mono = samples if samples.ndim == 1 else samples.mean(axis=1)
     return mono.astype(np.float32), rate
+
+
+def _checked_rate(rate: Any) -> int:
+    is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    if not is_number or not min(_FRAMINGS) <= rate <= _MAX_RATE or rate != int(rate):  # NaN is in no range
+        raise MediaError(f"sample rate {quote(rate)}; expected a whole number of Hz, {min(_FRAMINGS)} to {_MAX_RATE}")
+    return int(rate)
 
 
 def _too_long(name: str, limits: MediaLimits) -> MediaError:
@@ -206,10 +216,10 @@ def _lacks_samples(log: str) -> bool:
 def _diagnosis(data: bytes, error: soundfile.SoundFileError) -> str:
     """Says in one line why libsndfile could not decode `data`."""
     if data[4:8] == b"ftyp":
-        return f"MP4/M4A (AAC) audio is not supported; {_ACCEPTED}"
+        return f"MP4/M4A (AAC) audio is not supported; {_CODECS}"
     if data[:4] == b"\x1a\x45\xdf\xa3":
-        return f"Matroska/WebM audio is not supported; {_ACCEPTED}"
+        return f"Matroska/WebM audio is not supported; {_CODECS}"
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
     if reason == "Format not recognised":
-        return f"not an audio file that can be read; {_ACCEPTED}"
-    return f"audio is damaged or of an unsupported codec ({reason}); {_ACCEPTED}"
+        return f"not an audio file that can be read; {_CODECS}"
+    return f"audio is damaged or of an unsupported codec ({reason}); {_CODECS}"

@@ -8,9 +8,11 @@ A system message's tools follow its content as `<|tool|>[...]<|/tool|>`, an assi
 `<|tool_call|>[...]<|/tool_call|>`, and a tool's result is a message of role `tool`, `<|tool|>result<|end|>`, as the
 template gives it.
 
-Media stand where their parts stand in a user's message. If instead the user's text holds tags such as `<|image_1|>`,
-these are the places, taken in order of appearance as in the original; each number may stand once. Nothing else in text
-has a meaning: `<|end|>` in a message is five letters and four signs.
+Media stand where their parts stand in a user's message. If the text of that message holds tags such as `<|image_1|>`,
+these are the places of its own media of that kind, in order of appearance; as in the original, the numbers choose
+nothing, but each may stand only once in a message. Tags of a message without media parts of their kind take the media
+that are given beside the conversation, in order. Tags and media must come out even in every message. Nothing else in
+text has a meaning: `<|end|>` in a message is five letters and four signs.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from phi4mm_jax.processing.display import quote, shorten
 from phi4mm_jax.processing.media import MediaLimits, decode_base64
 from phi4mm_jax.processing.prompt import ChatError
 from phi4mm_jax.processing.tokenizer import Control
@@ -75,7 +79,7 @@ def render(
       messages: mappings with `role` (system, user, assistant, tool) and `content`, a string or a list of parts.
       tools: tools of the whole conversation, as JSON or as a list; they go to the system message.
       add_generation_prompt: end with the opening of the assistant's answer; otherwise with the end of text.
-      media: more media for tags in the text, after those of the messages.
+      media: media from beside the conversation, for the tags of messages that have no media parts of their kind.
       limits: on the base64 of `input_audio` parts.
 
     Raises:
@@ -86,10 +90,20 @@ def render(
         raise ChatError(f"messages: expected a list of messages, got {type(messages).__name__}")
     if not messages:
         raise ChatError("messages: the list is empty")
-    named = _with_tools([(f"messages[{i}]", message) for i, message in enumerate(messages)], tools)
-    pieces = [piece for where, message in named for piece in _message(message, where, limits or MediaLimits())]
+    given = {kind: deque(m for m in media if m.kind == kind) for kind in get_args(Kind)}
+    placed: dict[Kind, list[Medium]] = {kind: [] for kind in given}
+    pieces: list[_Piece] = []
+    for where, message in _with_tools([(f"messages[{i}]", message) for i, message in enumerate(messages)], tools):
+        own = list(_message(message, where, limits or MediaLimits()))
+        for kind in given:
+            own, bound = _bind(own, kind, where, given[kind])
+            placed[kind] += bound
+        pieces += own
+    for kind, left in given.items():
+        if left:
+            raise ChatError(f"{left[0].where}: no place for this {kind}; write <|{kind}_1|> into a user message")
     pieces.append(Control("<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
-    return _place(pieces, media)
+    return Rendered(_parts(pieces, placed), placed["image"], placed["audio"])
 
 
 # --- messages to pieces --------------------------------------------------------------------------------------
@@ -115,8 +129,9 @@ def _with_tools(
     messages: list[tuple[str, Mapping[str, Any]]], tools: str | Sequence[Mapping[str, Any]] | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Puts the conversation's tools into the first system message, or a new one at the beginning."""
-    if not tools:
+    if tools is None or (isinstance(tools, Sequence) and not tools):
         return messages
+    tools = _tools_json(tools, "tools")
     for i, (where, message) in enumerate(messages):
         if isinstance(message, Mapping) and message.get("role") == "system":
             if message.get("tools") is not None:
@@ -129,8 +144,8 @@ def _message(message: Any, where: str, limits: MediaLimits) -> Iterator[_Piece]:
     if not isinstance(message, Mapping):
         raise ChatError(f"{where}: expected a mapping with role and content, got {type(message).__name__}")
     role = message.get("role")
-    if role not in _ROLES:
-        raise ChatError(f"{where}.role is {role!r}; accepted: {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ChatError(f"{where}.role is {quote(role)}; accepted: {', '.join(_ROLES)}")
     tools, calls = message.get("tools"), message.get("tool_calls")
     if tools is not None and role != "system":
         raise ChatError(f"{where}.tools: only a system message may hold tools")
@@ -172,7 +187,7 @@ def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Pi
         raise ChatError(f"{where}: expected a mapping with a type, got {type(part).__name__}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _PART_TYPES:
-        raise ChatError(f"{where}.type is {kind!r}; accepted: {', '.join(_PART_TYPES)}")
+        raise ChatError(f"{where}.type is {quote(kind)}; accepted: {', '.join(_PART_TYPES)}")
     if part.get(kind) is None:
         raise ChatError(f"{where}: a part of type {kind} needs the key {kind!r}")
     value, where = part[kind], f"{where}.{kind}"
@@ -237,7 +252,7 @@ def _calls_json(calls: Any, where: str) -> str:
         arguments = function.get("arguments", {})
         try:
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ChatError(f"{where}[{i}].function.arguments: not valid JSON") from None
         plain.append({"name": function["name"], "arguments": arguments})
     return _json(plain, where)
@@ -246,8 +261,8 @@ def _calls_json(calls: Any, where: str) -> str:
 def _json(value: Any, where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise ChatError(f"{where}: cannot be written as JSON ({error})") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"{where}: cannot be written as JSON ({shorten(error)})") from None
 
 
 def _string(value: Any, where: str) -> str:
@@ -263,19 +278,37 @@ def _kind_of(value: Any) -> str:
 # --- pieces to parts and media -------------------------------------------------------------------------------
 
 
-def _place(pieces: list[_Piece], given: Sequence[Medium]) -> Rendered:
-    """Brings each medium to its place, and joins neighbouring text."""
-    media: dict[Kind, list[Medium]] = {}
-    for kind in ("image", "audio"):
-        tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
-        apart = [medium for medium in given if medium.kind == kind]
-        media[kind] = [p for p in pieces if isinstance(p, Medium) and p.kind == kind] + apart
-        if tags:
-            _check_tags(kind, tags, media[kind])
-            pieces = [p for p in pieces if p not in media[kind]]
-        elif apart:
-            raise ChatError(f"{apart[0].where}: no place for this {kind}; write <|{kind}_1|> into a user message")
+def _bind(pieces: list[_Piece], kind: Kind, where: str, given: deque[Medium]) -> tuple[list[_Piece], list[Medium]]:
+    """Finds the media of one kind for the places of a message.
 
+    Args:
+      pieces: the message.
+      kind: of media.
+      where: the message's name.
+      given: media from beside the conversation; those that are used are taken off.
+
+    Returns:
+      The message without the parts whose media go to tags, and the media in the order of their places.
+    """
+    tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
+    own = [p for p in pieces if isinstance(p, Medium) and p.kind == kind]
+    if not tags:
+        return pieces, own
+    last = {tag.text: tag for tag in tags}
+    if twice := [tag for tag in tags if last[tag.text] is not tag]:
+        tag = last[twice[0].text]
+        raise ChatError(f"{tag.where}: {tag.text} stands twice; number the {kind} tags of a message 1, 2, ...")
+    counts = f"{where} has {len(tags)} {kind} tag(s) and {len(own)} {kind} part(s)"
+    if len(own) > len(tags):
+        raise ChatError(f"{own[len(tags)].where}: no tag for this {kind}; {counts}")
+    media = own or [given.popleft() for _ in tags[: len(given)]]
+    if len(media) < len(tags):
+        raise ChatError(f"{tags[len(media)].where}: {tags[len(media)].text} has no {kind}; {counts}")
+    return [p for p in pieces if not (isinstance(p, Medium) and p.kind == kind)], media
+
+
+def _parts(pieces: list[_Piece], media: Mapping[Kind, list[Medium]]) -> list[str]:
+    """Writes media and tags as control tokens, and joins neighbouring text."""
     parts: list[str] = []
     for piece in pieces:
         if isinstance(piece, _Tag):
@@ -286,19 +319,4 @@ def _place(pieces: list[_Piece], given: Sequence[Medium]) -> Rendered:
             parts.append(piece)
         else:
             parts[-1] += piece
-    return Rendered([part for part in parts if part], media["image"], media["audio"])
-
-
-def _check_tags(kind: Kind, tags: list[_Tag], media: list[Medium]) -> None:
-    """Checks that tags and media are one to one."""
-    seen: set[str] = set()
-    for tag in tags:
-        if tag.text in seen:
-            raise ChatError(f"{tag.where}: {tag.text} stands twice; number the {kind} tags of a conversation 1, 2, ...")
-        seen.add(tag.text)
-    counts = f"there are {len(tags)} {kind} tags in the text and {len(media)} {kind} parts"
-    if len(tags) > len(media):
-        tag = tags[len(media)]
-        raise ChatError(f"{tag.where}: {tag.text} has no {kind}; {counts}")
-    if len(tags) < len(media):
-        raise ChatError(f"{media[len(tags)].where}: no tag for this {kind}; {counts}")
+    return [part for part in parts if part]

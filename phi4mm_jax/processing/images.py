@@ -1,7 +1,8 @@
 """Pictures to crops: decoding, and the dynamic-HD preprocessing (phi4mm-reference, sections 4.1 to 4.4).
 
-One deviation from the original, which drops alpha and so shows whatever colour lies hidden under transparent pixels:
-here a picture with real transparency is laid on white, as a viewer would show it. Opaque pictures are not affected.
+A PIL image or an array is taken as the original takes one, by `convert("RGB")`: alpha is dropped, deep grey is clipped,
+and EXIF is ignored, so results are equal. A file is opened as a viewer would show it: turned upright after its EXIF
+orientation, transparency laid on white (the original shows whatever colour lies hidden there), deep grey scaled.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from phi4mm_jax.config import VisionConfig
+from phi4mm_jax.processing.display import shorten
 from phi4mm_jax.processing.media import MediaLimits, describe, read
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, VIEW_SEPARATOR, ImageFeatures, MediaError
 
+IMAGE_SOURCES = "a path, a URL, bytes, a PIL image or an array"
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 """A path, a URL, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]."""
 
@@ -39,19 +43,21 @@ _CUBIC = -0.75
 def load_image(source: ImageSource, limits: MediaLimits) -> Image.Image:
     """Opens a picture as RGB.
 
-    Files are turned upright after their EXIF orientation; animations give their first frame. PIL images and arrays are
-    taken as they lie. Arrays are uint8, or floats from 0 to 1.
+    Files, that is paths, URLs and bytes, are shown as a viewer would: turned upright after their EXIF orientation,
+    transparency laid on white, deep grey scaled to 8 bits; animations give their first frame. PIL images and arrays
+    are taken as the original takes images, by `convert("RGB")`, which drops alpha and clips deep grey. Arrays are
+    uint8, or floats from 0 to 1.
 
     Raises:
       MediaError: not a picture, damaged or truncated, or of more pixels than the limit (found before decoding).
     """
     name = describe(source)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source, limits), "image array")
+        return _from_array(source, limits).convert("RGB")
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name, limits)
-        return _to_rgb(source, name)
-    data = read(source, limits)
+        return _decoded(source, name, lambda image: image.convert("RGB"))
+    data = read(source, limits, IMAGE_SOURCES)
     try:
         with warnings.catch_warnings():  # Pillow warns of large pictures; ours is the limit that counts
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -62,7 +68,7 @@ def load_image(source: ImageSource, limits: MediaLimits) -> Image.Image:
         raise MediaError(f"{name}: not an image, or damaged; accepted: {', '.join(_available_formats())}") from None
     _check_pixels(image.size, name, limits)
     with image:
-        return _to_rgb(image, name, upright=True)
+        return _decoded(image, name, _as_shown)
 
 
 @functools.cache
@@ -92,21 +98,24 @@ def _from_array(array: np.ndarray, limits: MediaLimits) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _to_rgb(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
-    """Decodes the pixels of any mode as RGB."""
+def _decoded(image: Image.Image, name: str, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         image.load()
-        image = _upright(image) if upright else image
-        if image.mode[0] in "IF":
-            return _grey_to_8bit(image).convert("RGB")
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            if rgba.getextrema()[3][0] < 255:
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged data
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = shorten(error) or type(error).__name__
         raise MediaError(f"{name}: image cannot be decoded ({reason})") from error
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    """Returns as RGB what a viewer would show of a file."""
+    image = _upright(image)
+    if image.mode[0] in "IF":
+        return _grey_to_8bit(image).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -223,7 +232,7 @@ def image_features(image: Image.Image, config: VisionConfig) -> ImageFeatures:
     tile_masks = grid_mask.reshape(rows, patches, columns, patches).swapaxes(1, 2).reshape(-1, patches, patches)
     mask = np.concatenate([np.ones((1, patches, patches), bool), tile_masks])
     layout = token_layout(plan, config.tokens_per_side)
-    return ImageFeatures(crops, mask, patch_position_ids(mask), layout, padded.shape[:2])
+    return ImageFeatures(crops, mask, patch_position_ids(mask), layout)
 
 
 def token_layout(plan: CropPlan, side: int) -> np.ndarray:  # [N] int32

@@ -13,9 +13,12 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from phi4mm_jax.processing.display import shorten
 from phi4mm_jax.processing.prompt import MediaError
 
 _CHUNK = 1 << 16
+_NAME_LENGTH = 200
+"""Characters of a source that messages show."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,24 @@ def describe(source: object) -> str:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{memoryview(source).nbytes} bytes"
     if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        if isinstance(name, str):
-            if name[:5].lower() == "data:":
-                name = name.partition(",")[0] + ",..."
-            return name if len(name) <= 200 else f"{name[:200]}..."
+        name = os.fsdecode(source)
+        if name[:5].lower() == "data:":
+            name = name.partition(",")[0] + ",..."
+        return shorten(name, _NAME_LENGTH)
     return type(source).__name__
 
 
-def read(source: str | os.PathLike | bytes | bytearray | memoryview, limits: MediaLimits) -> bytes:
+def read(
+    source: str | os.PathLike | bytes | bytearray | memoryview,
+    limits: MediaLimits,
+    accepted: str = "a path, a URL or bytes",
+) -> bytes:
     """Reads a path, a file://, http(s):// or data: URL; bytes are returned as they are.
+
+    Args:
+      source: where the content is.
+      limits: what it may cost.
+      accepted: what the caller takes, for the message about a source of another type.
 
     Raises:
       MediaError: nothing there, too large, too slow, or of a kind that is not accepted.
@@ -62,7 +73,7 @@ def read(source: str | os.PathLike | bytes | bytearray | memoryview, limits: Med
     elif isinstance(source, (str, os.PathLike)):
         data = _from_file(source, limits)
     else:
-        raise MediaError(f"{describe(source)}: expected a path, a URL or bytes")
+        raise MediaError(f"{describe(source)}: expected {accepted}")
     if not data:
         raise MediaError(f"{describe(source)}: is empty")
     return data
@@ -88,7 +99,10 @@ def _from_data_url(url: str, limits: MediaLimits) -> bytes:
         raise MediaError(f"{describe(url)}: expected data:[type][;base64],content")
     if header.lower().endswith(";base64"):
         return decode_base64(urllib.parse.unquote(payload), limits, describe(url))
-    data = urllib.parse.unquote_to_bytes(payload)
+    try:
+        data = urllib.parse.unquote_to_bytes(payload)
+    except UnicodeEncodeError:
+        raise MediaError(f"{describe(url)}: holds lone surrogates, which are not Unicode characters") from None
     if len(data) > limits.max_bytes:
         raise _too_large(url, limits)
     return data
@@ -99,7 +113,10 @@ def _from_file(source: str | os.PathLike, limits: MediaLimits) -> bytes:
     if not limits.local_files:
         raise MediaError(f"{describe(source)}: local files are not allowed here; give an http(s) or data: URL")
     if isinstance(name, str) and name[:5].lower() == "file:":
-        parts = urllib.parse.urlsplit(name)
+        try:
+            parts = urllib.parse.urlsplit(name)
+        except ValueError as error:
+            raise MediaError(f"{describe(source)}: not a valid URL ({error})") from None
         if parts.netloc not in ("", "localhost"):
             raise MediaError(f"{describe(source)}: a file:// URL must be of this machine, as file:///path")
         name = urllib.request.url2pathname(parts.path)
@@ -135,8 +152,8 @@ def _web_opener() -> urllib.request.OpenerDirector:
 def _from_web(url: str, limits: MediaLimits) -> bytes:
     """Downloads `url`; each read returns what has come, so that a trickle cannot outlive the time limit."""
     deadline = time.monotonic() + limits.timeout_s
-    request_url = urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # a pasted URL may hold spaces or letters
     try:
+        request_url = urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # a pasted URL may hold spaces or letters
         request = urllib.request.Request(request_url, headers={"User-Agent": "phi4mm_jax"})
         with _web_opener().open(request, timeout=min(10.0, limits.timeout_s)) as response:
             if int(response.headers.get("Content-Length") or 0) > limits.max_bytes:
@@ -160,4 +177,4 @@ def _from_web(url: str, limits: MediaLimits) -> bytes:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error
-    raise MediaError(f"{describe(url)}: cannot be fetched ({reason})")
+    raise MediaError(f"{describe(url)}: cannot be fetched ({shorten(reason)})")

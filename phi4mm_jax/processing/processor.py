@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from phi4mm_jax.config import ModelConfig
-from phi4mm_jax.processing.audio import AudioSource, audio_features, load_audio
+from phi4mm_jax.processing.audio import AUDIO_SOURCES, AudioSource, audio_features, load_audio
 from phi4mm_jax.processing.chat import TAG, Kind, Medium, render, tag_kind
-from phi4mm_jax.processing.images import ImageSource, image_features, load_image
+from phi4mm_jax.processing.images import IMAGE_SOURCES, ImageSource, image_features, load_image
 from phi4mm_jax.processing.media import MediaLimits
 from phi4mm_jax.processing.prompt import AudioFeatures, ImageFeatures, MediaError, Prompt, PromptError
 from phi4mm_jax.processing.tokenizer import Control, Tokenizer
@@ -47,8 +47,8 @@ class Processor:
         *,
         tools: str | Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        images: Sequence[ImageSource] = (),
-        audios: Sequence[AudioSource] = (),
+        images: Sequence[ImageSource] | None = None,
+        audios: Sequence[AudioSource] | None = None,
     ) -> Prompt:
         """Builds the prompt of an OpenAI-style conversation.
 
@@ -56,7 +56,7 @@ class Processor:
           messages: see `chat.render`, as for `tools` and `add_generation_prompt`.
           tools: tools of the whole conversation.
           add_generation_prompt: end with the opening of the assistant's answer.
-          images: pictures for tags such as `<|image_1|>` in the text, after those that stand in messages.
+          images: pictures for the tags, such as `<|image_1|>`, of user messages that have no image parts; in order.
           audios: the same for recordings.
 
         Raises:
@@ -77,8 +77,8 @@ class Processor:
     def raw(
         self,
         prompt: str | Sequence[int] | np.ndarray,
-        images: Sequence[ImageSource] = (),
-        audios: Sequence[AudioSource] = (),
+        images: Sequence[ImageSource] | None = None,
+        audios: Sequence[AudioSource] | None = None,
     ) -> Prompt:
         """Builds a prompt without a chat template.
 
@@ -150,7 +150,10 @@ class Processor:
         return Prompt(token_ids.astype(np.int32), tuple(images), tuple(audios))
 
 
-def _media(kind: Kind, sources: Sequence[Any]) -> list[Medium]:
+def _media(kind: Kind, sources: Sequence[Any] | None) -> list[Medium]:
+    if sources is None:
+        return []
     if not isinstance(sources, (list, tuple)):
-        raise MediaError(f"{kind}s: expected a list of sources, got {type(sources).__name__}")
+        accepted = IMAGE_SOURCES if kind == "image" else AUDIO_SOURCES
+        raise MediaError(f"{kind}s: expected a list, got {type(sources).__name__}; each of it is {accepted}")
     return [Medium(kind, source, f"{kind}s[{i}]") for i, source in enumerate(sources)]

@@ -47,8 +47,6 @@ class ImageFeatures:
     layout: np.ndarray
     """[N] int32; where each image token comes from, in prompt order: crop * tokens_per_crop + row * tokens_per_side +
     column, or ROW_SEPARATOR, or VIEW_SEPARATOR."""
-    size: tuple[int, int]
-    """Height and width of the padded image, in pixels."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,8 +62,6 @@ class AudioFeatures:
     """[frames, mels] float32 log-mel energies, one frame each 10 ms."""
     num_tokens: int
     """Tokens that the recording takes in a prompt."""
-    seconds: float
-    """Duration."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,14 +12,17 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 
+from phi4mm_jax.processing.display import quote, shorten
 from phi4mm_jax.processing.prompt import PromptError
 
 # Unicode's White_Space, which Python's \s exceeds by U+001C to U+001F
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_UNSUPPORTED = ("lstrip", "single_word", "normalized")
+"""Properties that no control token of the released tokenizer has."""
 _LEADING_SPACE = re.compile(f"^[{_SPACES}]+")
 
 
@@ -32,23 +35,22 @@ class Control(str):
 class Tokenizer:
     """The byte-level BPE of a checkpoint."""
 
-    def __init__(self, definition: str) -> None:
+    def __init__(self, definition: str, name: str = "tokenizer.json") -> None:
         """Builds the tokenizer.
 
         Args:
           definition: content of a `tokenizer.json` with a ByteLevel decoder.
+          name: where it comes from, for error messages.
 
         Raises:
           PromptError: it is not such a file, or has a control token of a kind that is not supported.
         """
         try:
             data = json.loads(definition)
-            added = data["added_tokens"]
+            added = _added_tokens(data)
             self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": []}, ensure_ascii=False))
         except Exception as error:  # the tokenizers package raises bare Exceptions
-            raise PromptError(f"not a usable tokenizer.json ({error})") from None
-        if odd := [t["content"] for t in added if t["lstrip"] or t["single_word"] or t["normalized"]]:
-            raise PromptError(f"tokenizer.json: lstrip, single_word and normalized are not supported ({odd[0]})")
+            raise PromptError(f"{name}: not a usable tokenizer ({shorten(error, 200)})") from None
         self.control_ids: dict[str, int] = {t["content"]: t["id"] for t in added}
         self._control_names = {i: name for name, i in self.control_ids.items()}
         self._swallows_space = {t["content"] for t in added if t["rstrip"]}
@@ -62,7 +64,7 @@ class Tokenizer:
         """Reads `tokenizer.json` of a checkpoint directory."""
         path = Path(directory) / "tokenizer.json"
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
@@ -130,6 +132,23 @@ class Tokenizer:
             return self._bpe.encode(text).ids
         except TypeError:  # what the package says to a string that UTF-8 cannot hold
             raise PromptError("text holds lone surrogates, which are not Unicode characters") from None
+
+
+def _added_tokens(data: Any) -> list[dict[str, Any]]:
+    """Returns the control tokens of a tokenizer.json; a ValueError says what is wrong with one."""
+    if not isinstance(data, dict) or not isinstance(data.get("added_tokens"), list):
+        raise ValueError("added_tokens: expected a list")
+    fields = {"content": str, "id": int, **dict.fromkeys(("special", "rstrip", *_UNSUPPORTED), bool)}
+    for i, token in enumerate(data["added_tokens"]):
+        if not isinstance(token, dict):
+            raise ValueError(f"added_tokens[{i}]: expected an object, got {quote(token)}")
+        for field, kind in fields.items():
+            if type(token.get(field)) is not kind:
+                raise ValueError(f"added_tokens[{i}].{field}: expected {kind.__name__}, got {quote(token.get(field))}")
+        for field in _UNSUPPORTED:
+            if token[field]:
+                raise ValueError(f"added_tokens[{i}].{field}: is not supported")
+    return data["added_tokens"]
 
 
 class TextStream:

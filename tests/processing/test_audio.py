@@ -39,7 +39,6 @@ def test_features_equal_the_slow_reference(golden: Path, config: ModelConfig, li
     # the package rounds frames and spectra to float32, as the original does
     np.testing.assert_allclose(features.features, expected[f"log_mel_{rate}"], atol=2e-4)
     assert features.features.dtype == np.float32
-    assert features.seconds == pytest.approx(0.15)
     assert features.num_tokens == 2  # of 13 frames
 
 
@@ -119,18 +118,34 @@ def test_integer_samples(limits: MediaLimits, dtype: str, scale: int, offset: in
     np.testing.assert_allclose(got, samples, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_float_samples_are_taken_as_they_are(limits: MediaLimits, dtype: str) -> None:
+    samples = np.array([-0.5, 0.25, 2.0, -3.5] * 100, dtype)  # loud, and no error
+    np.testing.assert_array_equal(load_audio((samples, 16_000.0), limits)[0], samples)
+    assert load_audio(([0, 0.5] * 500, np.int64(16_000)), limits)[0][1] == 0.5
+
+
 @pytest.mark.parametrize(
     "source, message",
     [
         ((np.zeros(0, np.float32), 16_000), "no samples"),
         ((np.array([0.0, np.nan] * 500), 16_000), "not finite"),
         ((np.array([0.0, np.inf] * 500), 16_000), "expected -1 to 1"),
-        ((np.full(500, 3000.0), 16_000), "expected -1 to 1"),
+        ((np.full(500, 3000.0), 16_000), r"reach 3e\+03; expected -1 to 1, at most 16"),
+        (([0, 1000, -1000] * 500, 16_000), "of type int64; give uint8, int16 or int32 samples, or floats from -1 to 1"),
+        ((np.zeros(500, np.uint16), 16_000), "of type uint16; give"),
+        ((["a"] * 500, 16_000), "of type <U1; give"),
         ((np.zeros((2, 16_000), np.float32), 16_000), r"expected \[samples\] or \[samples, channels\]"),
-        ((np.zeros(500, bool), 16_000), "bool; expected"),
-        ((16_000, np.zeros(500)), "expected \\(samples, rate\\)"),
-        ((np.zeros(500), 0), "must be positive"),
-        ((np.zeros(500), float("nan")), "whole number of Hz"),
+        ((np.zeros(500, bool), 16_000), "of type bool; give"),
+        ((16_000, np.zeros(500)), r"^sample rate array.*; expected a whole number of Hz, 8000 to 384000$"),
+        ((np.zeros(500), 0), "sample rate 0; expected a whole number"),
+        ((np.zeros(500), True), "sample rate True; expected a whole number"),
+        ((np.zeros(500), float("nan")), "sample rate nan; expected"),
+        ((np.zeros(500), 16_000.5), r"sample rate 16000\.5; expected"),
+        ((np.zeros(500), 10**400), r"sample rate 10+\.\.\.0+; expected"),
+        ((np.zeros(500), "16000"), "sample rate '16000'; expected"),
+        ((np.zeros(500),), r"tuple of 1; expected a path, a URL, bytes or \(samples, rate\)"),
+        ([np.zeros(500), 16_000], r"^list: expected a path, a URL, bytes or \(samples, rate\)$"),
         (([0.0, [1.0]], 16_000), "do not form an array"),
         (np.zeros(500), "needs its sample rate"),
         (b"", "is empty"),
@@ -164,7 +179,7 @@ def test_duration_is_limited() -> None:
 
 @pytest.mark.parametrize(
     "samples, rate, message",
-    [(399, 16_000, "too short"), (199, 8000, "too short"), (9, 48_000, "too short"), (9000, 4000, "8000 to")],
+    [(399, 16_000, "too short"), (199, 8000, "too short"), (9, 48_000, "too short"), (9000, 4000, "8000 to 384000")],
 )
 def test_features_that_cannot_be_computed(config: ModelConfig, samples: int, rate: int, message: str) -> None:
     with pytest.raises(MediaError, match=message):
@@ -191,8 +206,7 @@ def test_every_recording_of_the_collection(media: Path, config: ModelConfig, lim
                 audio_features(*load_audio(path, limits), config.audio)
         else:
             features = audio_features(*load_audio(path, limits), config.audio)
-            assert features.seconds == pytest.approx(durations[path.name], abs=0.1)
-            assert features.num_tokens == pytest.approx(features.seconds / 0.08, abs=1)
+            assert features.num_tokens == pytest.approx(durations[path.name] / 0.08, abs=2)
             assert np.isfinite(features.features).all()
 
 

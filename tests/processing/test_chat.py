@@ -5,7 +5,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from phi4mm_jax.processing.chat import Rendered, render
+from phi4mm_jax.processing.chat import Medium, Rendered, render
 from phi4mm_jax.processing.media import MediaLimits
 from phi4mm_jax.processing.prompt import ChatError, MediaError
 from phi4mm_jax.processing.tokenizer import Control
@@ -99,9 +99,40 @@ def test_tags_are_the_places_of_media() -> None:
     assert Control("<|image_2|>") in rendered.parts and isinstance(rendered.parts[3], Control)
 
 
-def test_a_tag_may_stand_in_a_later_message() -> None:
-    rendered = render([*user(image("1"), text("Look.")), *user(text("At <|image_1|>!"))])
-    assert joined(rendered) == "<|user|>Look.<|end|><|user|>At <|image_1|>!<|end|><|assistant|>"
+def test_tags_place_the_media_of_their_own_message() -> None:
+    messages = [*user(image("1"), text("Look.")), *user(image("2"), audio("3"), text("At <|image_1|>!"))]
+    rendered = render([*messages, *user(text("And"), image("4"))])
+    assert joined(rendered) == (
+        "<|user|><|image_1|>Look.<|end|><|user|><|audio_1|>At <|image_1|>!<|end|>"
+        "<|user|>And<|image_3|><|end|><|assistant|>"
+    )
+    assert [m.source for m in rendered.images] == ["1", "2", "4"]
+    with pytest.raises(
+        ChatError, match=r"<.image_1.> has no image; messages\[1\] has 1 image tag\(s\) and 0 image part"
+    ):
+        render([*user(image("1"), text("Look.")), *user(text("At <|image_1|>!"))])
+
+
+def test_media_beside_the_conversation_fill_tags_of_messages_without_media() -> None:
+    def given(*names: str) -> list[Medium]:
+        return [Medium("image", name, f"images[{i}]") for i, name in enumerate(names)]
+
+    messages = [
+        *user(text("<|image_1|> <|image_2|>")),
+        *user(image("own"), text("<|image_3|>")),
+        *user(image("other")),
+        {"role": "user", "content": "<|image_1|>"},  # numbers may begin anew
+    ]
+    rendered = render(messages, media=given("a", "b", "c"))
+    assert [m.source for m in rendered.images] == ["a", "b", "own", "other", "c"]
+    with pytest.raises(ChatError, match=r"^messages\[3\]\.content: <.image_1.> has no image; messages\[3\] has 1"):
+        render(messages, media=given("a", "b"))
+    with pytest.raises(ChatError, match=r"^images\[3\]: no place for this image"):
+        render(messages, media=given("a", "b", "c", "d"))
+    with pytest.raises(
+        ChatError, match=r"<.image_2.> has no image; messages\[0\] has 2 image tag\(s\) and 1 image part"
+    ):
+        render(user(image("own"), text("<|image_1|> <|image_2|>")), media=given("a"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +141,7 @@ def test_a_tag_may_stand_in_a_later_message() -> None:
         (user(text("<|image_1|>?")), r"messages\[0\]\.content\[0\]\.text: <.image_1.> has no image"),
         ([{"role": "user", "content": "<|audio_1|>"}], r"messages\[0\]\.content: <.audio_1.> has no audio"),
         (user(text("<|audio_1|>"), image()), "<.audio_1.> has no audio"),
-        (user(text("<|image_1|>"), image(), image()), r"content\[2\]\.image_url: no tag for this image"),
+        (user(text("<|image_1|>"), image(), image()), r"content\[2\]\.image_url: no tag for this image; messages\[0\]"),
         (user(text("<|image_1|> <|image_1|>"), image(), image()), "<.image_1.> stands twice"),
     ],
 )
@@ -177,11 +208,13 @@ def assistant(**fields: object) -> list[dict]:
         (["Hi"], r"messages\[0\]: expected a mapping with role and content, got str"),
         ([{"content": "Hi"}], r"messages\[0\]\.role is None; accepted: system, user, assistant, tool"),
         ([{"role": "bot", "content": "Hi"}], r"messages\[0\]\.role is 'bot'"),
+        ([{"role": "x" * 999, "content": "Hi"}], r"^messages\[0\]\.role is 'x{37}\.\.\.x{38}'; accepted: [a-z, ]+$"),
         ([{"role": ["user"], "content": "Hi"}], r"messages\[0\]\.role is \['user'\]"),
         ([{"role": "user"}], r"messages\[0\]\.content: expected a string or a list of parts, got nothing"),
         ([{"role": "user", "content": 3}], r"messages\[0\]\.content: .* got int"),
         (user("Hi"), r"messages\[0\]\.content\[0\]: expected a mapping with a type, got str"),
         (user({"text": "Hi"}), r"content\[0\]\.type is None; accepted: text, image_url"),
+        (user({"type": "\n" * 999}), r"content\[0\]\.type is '[\\n]+\.\.\.[\\n]+'; accepted"),
         (user({"type": "video_url"}), r"content\[0\]\.type is 'video_url'; accepted"),
         (user({"type": ["text"], "text": ""}), r"content\[0\]\.type is \['text'\]; accepted"),
         (user({"type": "text"}), r"content\[0\]: a part of type text needs the key 'text'"),
@@ -214,8 +247,13 @@ def test_malformed_conversations(messages: object, message: str) -> None:
 def test_tools_given_twice() -> None:
     with pytest.raises(ChatError, match=r"messages\[0\]\.tools: tools are given twice"):
         render([{"role": "system", "content": "", "tools": "[]"}], tools=[TOOL])
-    with pytest.raises(ChatError, match="tools: expected a list of function descriptions"):
-        render([{"role": "user", "content": ""}], tools=TOOL)
+
+
+@pytest.mark.parametrize("tools", [5, TOOL, ["now"]])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "S"}]])
+def test_malformed_tools(tools: object, system: list[dict]) -> None:
+    with pytest.raises(ChatError, match="^tools: expected a list of function descriptions"):
+        render([*system, {"role": "user", "content": ""}], tools=tools)
 
 
 def test_input_audio_is_checked() -> None:

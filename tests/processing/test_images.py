@@ -25,12 +25,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def tiles_to_picture(features: ImageFeatures) -> np.ndarray:
-    """Puts the tiles back together and undoes the normalisation: [H, W, 3] uint8."""
+def tiles_to_picture(features: ImageFeatures, height: int, width: int) -> np.ndarray:
+    """Puts the tiles back together and undoes the normalisation: [height, width, 3] uint8."""
     side = features.crops.shape[-1]
-    rows, columns = features.size[0] // side, features.size[1] // side
-    tiles = features.crops[1:].reshape(rows, columns, 3, side, side).transpose(0, 3, 1, 4, 2)
-    return np.rint((tiles.reshape(*features.size, 3) + 1) * 127.5).astype(np.uint8)
+    tiles = features.crops[1:].reshape(height // side, width // side, 3, side, side).transpose(0, 3, 1, 4, 2)
+    return np.rint((tiles.reshape(height, width, 3) + 1) * 127.5).astype(np.uint8)
 
 
 # --- the preprocessing against independent values ------------------------------------------------------------
@@ -40,12 +39,12 @@ def tiles_to_picture(features: ImageFeatures) -> np.ndarray:
 def test_features_equal_the_slow_reference(golden: Path, config: ModelConfig, limits: MediaLimits, name: str) -> None:
     expected = np.load(golden / "processing_images.npz")
     features = image_features(load_image(expected[f"{name}_image"], limits), config.vision)
-    np.testing.assert_array_equal(tiles_to_picture(features), expected[f"{name}_padded"])
+    padded = expected[f"{name}_padded"]
+    np.testing.assert_array_equal(tiles_to_picture(features, *padded.shape[:2]), padded)
     np.testing.assert_allclose(features.crops[0], expected[f"{name}_global"], atol=2e-6)
     np.testing.assert_array_equal(features.mask, expected[f"{name}_mask"])
     np.testing.assert_array_equal(features.layout, expected[f"{name}_layout"])
     assert features.crops.dtype == np.float32 and features.layout.dtype == np.int32
-    assert features.size == expected[f"{name}_padded"].shape[:2]
     assert features.num_tokens == len(expected[f"{name}_layout"])
 
 
@@ -87,7 +86,6 @@ def test_oracle_tiny(oracle: Path, limits: MediaLimits, name: str) -> None:
     np.testing.assert_array_equal(features.crops[1:], expected[f"{name}_crops"][1:])
     np.testing.assert_allclose(features.crops[0], expected[f"{name}_crops"][0], atol=1e-6)
     np.testing.assert_array_equal(features.mask, expected[f"{name}_mask"])
-    assert features.size == tuple(expected[f"{name}_size_hw"])
     assert features.num_tokens == expected[f"{name}_num_tokens"]
 
 
@@ -95,7 +93,8 @@ def test_oracle_tiny(oracle: Path, limits: MediaLimits, name: str) -> None:
 def test_oracle_448(oracle: Path, released: ModelConfig, limits: MediaLimits, name: str) -> None:
     expected = np.load(oracle / "data" / "image_preprocess_448.npz")
     features = image_features(load_image(oracle / "images" / f"{name}.png", limits), released.vision)
-    np.testing.assert_array_equal(tiles_to_picture(features), expected[f"{name}_padded_uint8"])
+    padded = expected[f"{name}_padded_uint8"]
+    np.testing.assert_array_equal(tiles_to_picture(features, *padded.shape[:2]), padded)
     view = features.crops[0]
     np.testing.assert_allclose(view[:, ::8, ::8], expected[f"{name}_global_every8"], atol=1e-6)
     np.testing.assert_allclose(view[:, 0], expected[f"{name}_global_row0"], atol=1e-6)
@@ -126,16 +125,39 @@ def test_oracle_position_ids(oracle: Path) -> None:
 # --- opening -------------------------------------------------------------------------------------------------
 
 
-def test_alpha_is_laid_on_white(limits: MediaLimits) -> None:
+def test_alpha_of_files_is_laid_on_white(limits: MediaLimits, tmp_path: Path) -> None:
     hidden_black = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
-    assert np.asarray(load_image(encoded(hidden_black), limits)).min() == 255
-    half = Image.new("RGBA", (20, 20), (0, 0, 0, 128))
+    hidden_black.save(tmp_path / "a.png")
+    for source in (encoded(hidden_black), tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").as_uri()):
+        assert np.asarray(load_image(source, limits)).min() == 255
+    half = encoded(Image.new("RGBA", (20, 20), (0, 0, 0, 128)))
     assert np.asarray(load_image(half, limits))[0, 0].tolist() == [127, 127, 127]
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8)
     noise[..., 3] = 255
-    np.testing.assert_array_equal(np.asarray(load_image(noise, limits)), noise[..., :3])
+    opaque = encoded(Image.fromarray(noise))
+    np.testing.assert_array_equal(np.asarray(load_image(opaque, limits)), noise[..., :3])
     grey = Image.new("LA", (20, 20), (0, 0))
     assert np.asarray(load_image(encoded(grey), limits)).min() == 255
+
+
+def test_alpha_of_images_and_arrays_is_dropped(limits: MediaLimits) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8)
+    for source in (noise, Image.fromarray(noise), Image.open(io.BytesIO(encoded(Image.fromarray(noise))))):
+        np.testing.assert_array_equal(np.asarray(load_image(source, limits)), noise[..., :3])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBa", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"])
+def test_images_are_converted_as_in_the_original(limits: MediaLimits, mode: str) -> None:
+    if mode in ("I", "I;16", "F"):
+        deep = np.arange(400).reshape(20, 20) * 100
+        image = Image.fromarray(deep.astype({"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]))
+    else:
+        noise = np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        for step in {"PA": ("P", "PA"), "RGBa": ("RGBa",)}.get(mode, ("RGB", mode)):
+            image = image.convert(step)
+    assert image.mode == mode
+    np.testing.assert_array_equal(np.asarray(load_image(image, limits)), np.asarray(image.convert("RGB")))
 
 
 def test_transparent_palette(limits: MediaLimits) -> None:
@@ -154,7 +176,7 @@ def test_deep_grey_is_scaled(limits: MediaLimits, dtype: type, top: float) -> No
 
 def test_grey_that_cannot_be_scaled(limits: MediaLimits) -> None:
     with pytest.raises(MediaError, match="mode F"):
-        load_image(Image.fromarray(np.full((20, 20), np.nan, np.float32)), limits)
+        load_image(encoded(Image.fromarray(np.full((20, 20), np.nan, np.float32)), "TIFF"), limits)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "P"])
@@ -199,6 +221,11 @@ def test_arrays(limits: MediaLimits) -> None:
 def test_arrays_that_are_no_pictures(limits: MediaLimits, array: np.ndarray, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         load_image(array, limits)
+
+
+def test_other_types_are_refused(limits: MediaLimits) -> None:
+    with pytest.raises(MediaError, match=r"^list: expected a path, a URL, bytes, a PIL image or an array$"):
+        load_image([[0, 1]], limits)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])

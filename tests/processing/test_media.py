@@ -107,7 +107,11 @@ def test_http_failures(server: str, name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9/x", "http://", "http://host.invalid/x", "http://[::1/x", "http://a b/"]
+    "url",
+    [
+        *("http://127.0.0.1:9/x", "http://", "http://host.invalid/x", "http://[::1/x", "http://a b/"),
+        *("http://a\r\nb/", "http://a/\ud800"),
+    ],
 )
 def test_unreachable(url: str) -> None:
     with pytest.raises(MediaError, match=r"^http.*: cannot be fetched \(.+\)$") as caught:
@@ -125,6 +129,11 @@ def test_unreachable(url: str) -> None:
         ("x" * 5000, "File name too long"),
         ("", "no such file|not a regular file"),
         ("file://elsewhere/a.png", "of this machine"),
+        ("file://[::1/a.jpg", r"^file://\[::1/a\.jpg: not a valid URL \(Invalid IPv6 URL\)$"),
+        ("file:///a%00b", "no such file"),
+        ("a\nb\x1b.png", r"^a\\nb\\x1b\.png: no such file$"),
+        ("a\ud800.png", r"^a\\ud800\.png: no such file$"),
+        ("data:,\ud800", "lone surrogates"),
         ("ftp://a/b", "unknown kind of URL; accepted: http, https, file, data"),
         ("data:image/png;base64", "expected data:"),
         ("data:image/png;base64,!!!!", "not valid base64"),
@@ -157,6 +166,7 @@ def test_local_files_can_be_forbidden(file: Path, server: str) -> None:
 
 def test_names_in_messages_are_short() -> None:
     assert describe("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,..."
-    assert len(describe("x" * 1000)) < 210
+    assert describe("x" * 1000 + ".png") == "x" * 98 + "..." + "x" * 95 + ".png"
+    assert describe(Path("a\r\nb")) == "a\\r\\nb"
     assert describe(b"abc") == "3 bytes"
     assert describe(7) == "int"

@@ -99,17 +99,35 @@ def test_messages_say_where(processor: Processor) -> None:
 
 
 def test_media_given_apart_take_the_tags(processor: Processor) -> None:
-    content = [{"type": "text", "text": "<|image_1|> or <|image_2|>?"}, {"type": "image", "image": PICTURE}]
-    prompt = processor.conversation([{"role": "user", "content": content}], images=[Image.new("RGB", (112, 56))])
-    assert [image.num_tokens for image in prompt.images] == [13, 17]
+    messages = [
+        {"role": "user", "content": "<|image_1|>?"},
+        {"role": "user", "content": [{"type": "text", "text": "<|image_2|>?"}, {"type": "image", "image": PICTURE}]},
+    ]
+    prompt = processor.conversation(messages, images=[Image.new("RGB", (112, 56))])
+    assert [image.num_tokens for image in prompt.images] == [17, 13]
     with pytest.raises(
         ChatError, match=r"^audios\[0\]: no place for this audio; write <.audio_1.> into a user message"
     ):
         processor.conversation([{"role": "user", "content": "?"}], audios=[CLIP])
-    with pytest.raises(MediaError, match="^images: expected a list of sources, got str$"):
+    with pytest.raises(
+        MediaError, match="^images: expected a list, got str; each of it is a path, a URL, bytes, a PIL"
+    ):
         processor.raw("<|image_1|>", images="picture.png")
-    with pytest.raises(MediaError, match=r"^audios\[0\]: audio: an array needs its sample rate"):
+    with pytest.raises(
+        MediaError, match=r"^audios: expected a list, got ndarray; each of it is a path, .*samples, rate"
+    ):
+        processor.raw("<|audio_1|>", audios=CLIP[0])
+    with pytest.raises(
+        MediaError, match=r"^images\[0\]: float: expected a path, a URL, bytes, a PIL image or an array$"
+    ):
+        processor.raw("<|image_1|>", images=[1.5])
+    with pytest.raises(MediaError, match=r"^audios\[0\]: an array needs its sample rate"):
         processor.raw("<|audio_1|>", audios=CLIP)
+
+
+def test_none_means_no_media(processor: Processor) -> None:
+    assert not processor.raw("Hi", images=None, audios=None).images
+    assert not processor.conversation([{"role": "user", "content": "Hi"}], images=None, audios=None).audios
 
 
 def test_limits_reach_the_media(config: ModelConfig, golden: Path) -> None:

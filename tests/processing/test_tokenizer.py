@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -102,9 +103,29 @@ def test_errors(tokenizer: Tokenizer, golden: Path, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="tokenizer.json: cannot be read"):
         Tokenizer.from_checkpoint(tmp_path)
     for definition in ("", "[]", "{}", '{"added_tokens": []}'):
-        with pytest.raises(PromptError, match="not a usable tokenizer.json"):
+        with pytest.raises(PromptError, match="^tokenizer.json: not a usable tokenizer"):
             Tokenizer(definition)
     data = json.loads((golden / "tokenizer.json").read_text())
     data["added_tokens"][0]["lstrip"] = True
-    with pytest.raises(PromptError, match="lstrip"):
+    with pytest.raises(PromptError, match=r"added_tokens\[0\]\.lstrip: is not supported"):
         Tokenizer(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "added, message",
+    [
+        (None, "added_tokens: expected a list"),
+        (5, "added_tokens: expected a list"),
+        (["x"], r"added_tokens\[0\]: expected an object, got 'x'"),
+        ([{}], r"added_tokens\[0\]\.content: expected str, got None"),
+        ([{"content": "a", "id": 1}], r"added_tokens\[0\]\.special: expected bool, got None"),
+        ([{"content": 5, "id": 1}], r"added_tokens\[0\]\.content: expected str, got 5"),
+        ([{"content": "a", "id": "1" * 1000}], r"added_tokens\[0\]\.id: expected int, got '1+\.\.\.1+'"),
+    ],
+)
+def test_added_tokens_are_checked(golden: Path, tmp_path: Path, added: object, message: str) -> None:
+    data = json.loads((golden / "tokenizer.json").read_text()) | {"added_tokens": added}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PromptError, match=f"^{re.escape(str(path))}: not a usable tokenizer .{message}"):
+        Tokenizer.from_checkpoint(tmp_path)
