@@ -41,7 +41,7 @@ def attend(
         decay = jnp.exp(largest - new_largest)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
         # A weight of 0 does not silence what an earlier user of the row may have left there: 0 x NaN is NaN.
-        values = jnp.where(keys.reshape(1, 1, -1, 1) <= last, _block(v, slots, start, block_size), 0)
+        values = _block(v, slots, start, block_size, live=keys.reshape(1, 1, -1, 1) <= last)
         output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), values)
         return new_largest, total, output
 
@@ -55,12 +55,16 @@ def attend(
     return output / total
 
 
-def _block(cache: jax.Array, slots: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
-    """Keys or values `start` to `start + size` of each row: [B, K, size, H]."""
+def _block(
+    cache: jax.Array, slots: jax.Array | None, start: jax.Array, size: int, live: jax.Array | None = None
+) -> jax.Array:
+    """Keys or values `start` to `start + size` of each row, zero where not `live`: [B, K, size, H]."""
     if slots is None:
         block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
     else:
         zero, shape = jnp.zeros_like(start), (1, cache.shape[1], size, cache.shape[3])
         starts = ((slots[i].astype(start.dtype), zero, start, zero) for i in range(slots.shape[0]))
         block = jnp.concatenate([lax.dynamic_slice(cache, at, shape) for at in starts])
+    if live is not None:
+        block = jnp.where(live, block, jnp.zeros_like(block))
     return lax.bitcast_convert_type(block, jnp.bfloat16) if block.dtype == jnp.uint16 else block

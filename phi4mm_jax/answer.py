@@ -91,7 +91,7 @@ class Answer:
         if not self.token_ids:
             self._admitted, self._first = event.admitted, event.received
         self._last = event.received
-        text, used, reason = "", 0, None
+        text, used = "", 0
         for token in event.token_ids:
             used += 1
             ends = event.finish_reason is not None and used == len(event.token_ids)

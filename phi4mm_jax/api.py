@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.compilation import enable_persistent_cache
+from phi4mm_jax.runtime.compilation import set_up_compilation
 from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import available_memory, plan_memory
@@ -32,8 +31,6 @@ from phi4mm_jax.weights.loader import load
 
 __all__ = ["Output", "Phi4MM", "Piece", "Usage"]
 
-logger = logging.getLogger(__name__)
-
 Message = Mapping[str, Any]
 Input = str | Sequence[int] | Sequence[Message]
 """A raw prompt (control tokens live), token ids (placeholders expanded), or a conversation."""
@@ -42,9 +39,10 @@ Input = str | Sequence[int] | Sequence[Message]
 class Phi4MM:
     """A loaded model."""
 
-    def __init__(self, processor: Processor, steps: Steps, weights: Weights):
-        """Joins the parts; `from_pretrained` is the usual way to get them."""
+    def __init__(self, processor: Processor, steps: Steps, weights: Weights, progress: bool = False):
+        """Joins the parts; `from_pretrained` is the usual way to get them. `progress` prints memory plans."""
         self.processor, self.steps, self.weights = processor, steps, weights
+        self._progress = progress
         self._idle: Engine | None = None  # the last engine, while no call is using it
 
     @classmethod
@@ -66,10 +64,11 @@ class Phi4MM:
           name: a directory, or a hub id such as "microsoft/Phi-4-multimodal-instruct".
           revision: branch, tag or commit on the hub.
           config: "auto" (by device), a preset's name, a TOML file, or a `RuntimeConfig`.
-          dtype: shorthand for `dtypes.params`: "bfloat16", "float16" or "float32". With "float32" everything is.
+          dtype: of the weights: "bfloat16", "float16" or "float32"; with "float32" activations, cache and products
+            are float32 as well.
           token: hub token; the environment's by default.
           local_files_only: never go to the network.
-          progress: show progress while loading.
+          progress: show progress while loading, and print the memory plan of each new batch shape (standard error).
           **sections: overrides of the configuration: `engine={"max_batch": 4}`.
 
         Raises:
@@ -83,17 +82,15 @@ class Phi4MM:
         model = ModelConfig.from_checkpoint(directory)
         processor = Processor.from_checkpoint(directory, model)
         mesh = create_mesh(runtime.mesh)
-        enable_persistent_cache()
+        set_up_compilation()
         steps = Steps(model, runtime, mesh)
         abstract = steps.abstract()
-        smallest = plan_memory(model, runtime, abstract, 1, runtime.engine.cache_buckets[0])
-        if progress:
-            print(f"Memory plan: {smallest}", file=sys.stderr)
+        smallest = plan_memory(steps, 1, runtime.engine.cache_buckets[0])
         smallest.check(available_memory(mesh.devices.flat[0]))
         arrays, _ = load(
             directory, model, abstract, lambda path, x: jax.device_put(x, abstract[path].sharding), progress=progress
         )
-        return cls(processor, steps, steps.pack(arrays))
+        return cls(processor, steps, steps.pack(arrays), progress)
 
     def generate(
         self,
@@ -112,7 +109,8 @@ class Phi4MM:
           images: pictures, in the order of the prompt's placeholders or tags; for a list of inputs, one list per input.
           audios: recordings, likewise.
           tools: tools of a conversation, as in the OpenAI API.
-          **sampling: fields of `SamplingParams`; for a list of inputs each may be a list with one value per input.
+          **sampling: fields of `SamplingParams`; for a list of inputs each may be a list with one value per input
+            (for `stop`: a list of lists; a flat list of strings is shared).
 
         Returns:
           An `Output`, or a list of them in the order of the inputs.
@@ -123,10 +121,17 @@ class Phi4MM:
         called = time.perf_counter()
         batched = _is_batch(inputs)
         rows = list(inputs) if batched else [inputs]
-        params = _params_per_row(sampling, len(rows), batched)
-        images, audios = (_media_per_row(m, n, len(rows), batched) for m, n in ((images, "images"), (audios, "audios")))
-        prompts = [self._prompt(*row, tools) for row in zip(rows, images, audios, strict=True)]
-        answers = self._answers(prompts, params, called)
+        columns = [_media_per_row(m, n, len(rows), batched) for m, n in ((images, "images"), (audios, "audios"))]
+        prompts, params, answers = [], [], []
+        for i, (row, *media) in enumerate(zip(rows, *columns, strict=True)):
+            try:
+                params.append(SamplingParams(**_row_of(sampling, i, len(rows), batched)))
+                prompts.append(self._prompt(row, *media, tools))
+                answers.append(self._answer(prompts[i], params[i], called))
+            except ValueError as error:
+                if not batched:
+                    raise
+                raise type(error)(f"inputs[{i}]: {error}") from error
         for _ in self._pieces(prompts, params, answers, self.steps.runtime.engine.decode_steps):
             pass
         outputs = [answer.output() for answer in answers]
@@ -143,16 +148,21 @@ class Phi4MM:
     ) -> Iterator[Piece]:
         """Answers one input piece by piece. Arguments and errors are those of `generate`.
 
-        Closing the iterator early ends the request.
+        The model is first run when the iterator is advanced, where a MemoryPlanError may arise too. Closing the
+        iterator early ends the request.
         """
         called = time.perf_counter()
-        params = [SamplingParams(**_known(sampling))]
-        prompts = [self._prompt(inputs, *((() if m is None else m) for m in (images, audios)), tools)]
-        answers = self._answers(prompts, params, called)
-        return self._pieces(prompts, params, answers, self.steps.runtime.engine.stream_steps)
+        params = SamplingParams(**_known(sampling))
+        prompt = self._prompt(inputs, images, audios, tools)
+        answer = self._answer(prompt, params, called)
+        return self._pieces([prompt], [params], [answer], self.steps.runtime.engine.stream_steps)
 
     def logits(
-        self, prompt: str | Sequence[int], *, images: Sequence[Any] = (), audios: Sequence[Any] = ()
+        self,
+        prompt: str | Sequence[int],
+        *,
+        images: Sequence[Any] | None = None,
+        audios: Sequence[Any] | None = None,
     ) -> np.ndarray:
         """Logits of every position of a raw prompt or of token ids.
 
@@ -167,23 +177,26 @@ class Phi4MM:
         Raises:
           MediaError, PromptError, RequestError, MemoryPlanError: before anything is run.
         """
-        return score(self.steps, self.weights, self.processor.raw(prompt, images=images, audios=audios))
+        row = self.processor.raw(prompt, images=images or (), audios=audios or ())
+        self._idle = None  # its cache makes room
+        return score(self.steps, self.weights, row)
 
     # --- parts -----------------------------------------------------------------------------------------------
 
-    def _prompt(self, inputs: Input, images: Sequence[Any], audios: Sequence[Any], tools: Any) -> Prompt:
+    def _prompt(
+        self, inputs: Input, images: Sequence[Any] | None, audios: Sequence[Any] | None, tools: Any
+    ) -> Prompt:
+        images, audios = (() if media is None else media for media in (images, audios))
         if _is_conversation(inputs):
             return self.processor.conversation(inputs, tools=tools, images=images, audios=audios)
         if tools is not None:
             raise ChatError("tools: go with a conversation; a raw prompt holds them itself")
         return self.processor.raw(inputs, images=images, audios=audios)
 
-    def _answers(self, prompts: list[Prompt], params: list[SamplingParams], called: float) -> list[Answer]:
-        """Begins the answers, once every request is known to fit the context."""
-        for prompt, p in zip(prompts, params, strict=True):
-            answer_limit(self.steps, prompt, p)
-        pairs = zip(prompts, params, strict=True)
-        return [Answer(self.processor.tokenizer, prompt, p, called) for prompt, p in pairs]
+    def _answer(self, prompt: Prompt, params: SamplingParams, called: float) -> Answer:
+        """Begins an answer, once its request is known to fit the context."""
+        answer_limit(self.steps, prompt, params)
+        return Answer(self.processor.tokenizer, prompt, params, called)
 
     def _pieces(
         self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer], max_steps: int
@@ -191,7 +204,8 @@ class Phi4MM:
         """Drives an engine until all answers are finished; yields the pieces of all rows as they come."""
         pairs = list(zip(prompts, params, strict=True))
         length = max(cache_length(self.steps, prompt, answer_limit(self.steps, prompt, p)) for prompt, p in pairs)
-        engine = self._take_engine(len(prompts), length)
+        media_tokens = sum(medium.num_tokens for prompt in prompts for medium in (*prompt.images, *prompt.audios))
+        engine, intact = self._take_engine(len(prompts), length, media_tokens), False
         try:
             growing = {engine.submit(prompt, p): answer for (prompt, p), answer in zip(pairs, answers, strict=True)}
             while growing:
@@ -203,11 +217,16 @@ class Phi4MM:
                     if answer.finish_reason:
                         engine.cancel(event.request)
                         del growing[event.request]
+            intact = True
+        except GeneratorExit:  # left between two steps
+            intact = True
+            raise
         finally:
-            engine.reset()
-            self._idle = engine
+            if intact:  # an interrupted step may have given its buffers away
+                engine.reset()
+                self._idle = engine
 
-    def _take_engine(self, rows: int, length: int) -> Engine:
+    def _take_engine(self, rows: int, length: int, media_tokens: int) -> Engine:
         """An engine for this many rows and positions: the idle one if its shape is the same."""
         runtime = self.steps.runtime
         batch = min(round_up(rows, runtime.engine.batch_buckets), runtime.engine.max_batch)
@@ -216,8 +235,9 @@ class Phi4MM:
         if engine is not None and (engine.batch, engine.length) == (batch, length):
             return engine
         del engine  # its memory is free before the next one is planned
-        plan = plan_memory(self.steps.model, runtime, self.steps.abstract(), batch, length)
-        logger.info("memory plan: %s", plan)
+        plan = plan_memory(self.steps, batch, length, media_tokens)
+        if self._progress:
+            print(f"Memory plan: {plan}", file=sys.stderr)
         plan.check(available_memory(self.steps.mesh.devices.flat[0]), weights_loaded=True)
         return Engine(self.steps, self.weights, batch, length)
 
@@ -249,7 +269,7 @@ def _is_conversation(inputs: Any) -> bool:
     Raises:
       ChatError: it is no input at all.
     """
-    if not isinstance(inputs, (str, Sequence, np.ndarray)):
+    if not isinstance(inputs, (str, Sequence, np.ndarray)) or (isinstance(inputs, np.ndarray) and inputs.ndim == 0):
         raise ChatError(
             f"expected a conversation (a list of messages), a string or token ids, got {type(inputs).__name__}"
         )
@@ -271,26 +291,25 @@ def _known(sampling: dict[str, Any]) -> dict[str, Any]:
     return sampling
 
 
-def _params_per_row(sampling: dict[str, Any], rows: int, batched: bool) -> list[SamplingParams]:
-    """One `SamplingParams` per row; in a batch, a list gives each row its own value."""
-    columns = {}
+def _row_of(sampling: dict[str, Any], i: int, rows: int, batched: bool) -> dict[str, Any]:
+    """The settings of row `i`; in a batch, a list gives each row its own value."""
+    settings = {}
     for name, value in _known(sampling).items():
         own = batched and isinstance(value, (list, tuple))
         if name == "stop" and own:  # a flat list of strings is shared by all rows
             own = not all(isinstance(v, str) for v in value)
         if own and len(value) != rows:
             raise SamplingError(f"{name}: has {len(value)} values for {rows} inputs")
-        columns[name] = value if own else [value] * rows
-    return [SamplingParams(**{name: column[i] for name, column in columns.items()}) for i in range(rows)]
+        settings[name] = value[i] if own else value
+    return settings
 
 
-def _media_per_row(media: Sequence[Any] | None, name: str, rows: int, batched: bool) -> list[Sequence[Any]]:
-    if media is None:
-        return [()] * rows
-    if not batched:
-        return [media]
+def _media_per_row(media: Sequence[Any] | None, name: str, rows: int, batched: bool) -> Sequence[Any]:
+    """The media argument of each row."""
+    if media is None or not batched:
+        return [media] * rows
+    if not isinstance(media, (list, tuple)) or not all(m is None or isinstance(m, (list, tuple)) for m in media):
+        raise ChatError(f"{name}: expected one list per input")
     if len(media) != rows:
         raise ChatError(f"{name}: has {len(media)} lists for {rows} inputs; expected one list per input")
-    return [() if row is None else row for row in media]
-
-
+    return media

@@ -14,6 +14,7 @@ from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.memory import GIB, plan_memory
 from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.steps import Steps
+from phi4mm_jax.weights.mapping import entries
 
 _COMPONENTS = (  # name, and the leaf paths that the entries before it have left
     ("embedding and head", r"text\.embed\."),
@@ -36,27 +37,32 @@ def describe(model: ModelConfig, runtime: RuntimeConfig) -> str:
     """
     # Nothing is placed, so one device can stand for all that the mesh asks for.
     stand_ins = jax.devices()[:1] * (runtime.mesh.data * runtime.mesh.model)
-    abstract = Steps(model, runtime, create_mesh(runtime.mesh, stand_ins)).abstract()
+    steps = Steps(model, runtime, create_mesh(runtime.mesh, stand_ins))
     engine = runtime.engine
     lengths = {round_up(min(length, engine.max_seq_len), engine.cache_buckets) for length in (1000, 4000, 130000)}
     plans = [
-        plan_memory(model, runtime, abstract, batch, length)
+        plan_memory(steps, batch, length)
         for batch in (1, engine.max_batch)
         for length in sorted(lengths)
     ]
     parameters, sizes = Counter[str](), Counter[str]()
-    for path, leaf in abstract.items():
+    for path, leaf in steps.abstract().items():
         component = next(name for name, pattern in _COMPONENTS if re.match(pattern, path))
         parameters[component] += math.prod(leaf.shape)
         sizes[component] += math.prod(leaf.shape) * leaf.dtype.itemsize
     rows = [(name, parameters[name], sizes[name]) for name, _ in _COMPONENTS]
     rows.append(("total", parameters.total(), sizes.total()))
+    unused = Counter[str]()
+    for entry in entries(model, "hub"):
+        if entry.skipped:
+            unused[entry.skipped] += math.prod(entry.shape)
     return "\n".join(
         [
             *_architecture(model),
             "",
             f"{'component':<20}{'parameters':>16}{'GiB':>8}",
             *(f"{name:<20}{count:>16,}{size / GIB:>8.2f}" for name, count, size in rows),
+            *(f"left out: {count:,} ({reason})" for reason, count in unused.items()),
             "",
             *map(str, plans),
         ]

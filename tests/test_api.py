@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -347,3 +348,22 @@ def test_public_names():
     for name in phi4mm_jax.__all__:
         assert getattr(phi4mm_jax, name) is not None
     assert dataclasses.is_dataclass(phi4mm_jax.Output)
+
+
+# --- on an accelerator ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", [pytest.param(p, marks=getattr(pytest.mark, p)) for p in ("gpu", "tpu")])
+def test_golden_cases_on_an_accelerator(model, golden, cases, platform):
+    """Logits of every position alone, and the tokens of one mixed batch."""
+    assert jax.default_backend() == platform
+    for name, case in cases.items():
+        logits = model.logits(case["ids"], images=case["images"], audios=case["audios"])
+        np.testing.assert_allclose(logits, golden[f"logits/{name}"], atol=2e-4, rtol=1e-4, err_msg=name)
+    drawn = [name for name in cases if f"tokens/{name}" in golden]
+    columns = {key: [cases[name][key] for name in drawn] for key in ("ids", "images", "audios")}
+    outputs = model.generate(
+        columns["ids"], images=columns["images"], audios=columns["audios"], max_tokens=16, ignore_eos=True
+    )
+    for name, output in zip(drawn, outputs, strict=True):
+        assert output.token_ids == golden[f"tokens/{name}"].tolist(), name

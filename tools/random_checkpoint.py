@@ -28,7 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from phi4mm_jax.config import ConfigError, LoraConfig, ModelConfig
-from phi4mm_jax.weights.mapping import ADAPTERS, Entry, Layout, adapter_of, entries
+from phi4mm_jax.models.lora import ADAPTERS
+from phi4mm_jax.weights.mapping import Entry, Layout, adapter_of, entries
 from phi4mm_jax.weights.reader import ADAPTER_FILE, INDEX_NAME
 
 RELEASED = Path(__file__).parents[1] / "configs" / "model" / "phi4mm.toml"

@@ -99,12 +99,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: AudioConfig, dtype: Any):
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype)
+        self.up_gate = Linear(config.hidden_size, 2 * config.intermediate_size, dtype)
         self.down = Linear(config.intermediate_size, config.hidden_size, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same."""
-        up, gate = jnp.split(self.gate_up(self.norm(x)), 2, axis=-1)
+        up, gate = jnp.split(self.up_gate(self.norm(x)), 2, axis=-1)
         return self.down(up * in_float32(jax.nn.silu, gate))
 
 

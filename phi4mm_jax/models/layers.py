@@ -15,7 +15,6 @@ from pallas_kernels.matmul import matmul
 
 def param(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> nnx.Param:
     """A zero weight to be filled by a loader; `axes` names each dimension for sharding (runtime/mesh.py)."""
-    assert len(shape) == len(axes)
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 

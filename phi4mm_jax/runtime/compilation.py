@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+SLOW_SECONDS = 1.0
+"""Compilations that take this long are logged."""
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def enable_persistent_cache() -> None:
-    """Keeps compiled programs in `~/.cache/phi4mm_jax/xla`, unless JAX already has a cache directory.
+def set_up_compilation() -> None:
+    """Keeps compiled programs in `~/.cache/phi4mm_jax/xla`, unless JAX already has a cache directory; logs the slow.
 
     The directory must be private to its user: JAX runs what lies in it.
     """
+    _log_slow_compilations()
     if jax.config.jax_compilation_cache_dir:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -28,25 +33,32 @@ def enable_persistent_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-class CompileLog:
-    """Number and seconds of the compilations seen so far."""
+@cache
+def _log_slow_compilations() -> None:
+    """Logs, from now on, every program that takes long to compile or to fetch from the cache."""
+
+    def log(event: str, duration: float, fun_name: str = "a program", **_: Any) -> None:
+        if event == _COMPILED and duration >= SLOW_SECONDS:
+            logger.info("compiled %s in %.1f s", fun_name, duration)
+
+    jax.monitoring.register_event_duration_secs_listener(log)
+
+
+class CompileCount:
+    """Number of the compilations seen so far, cache hits included."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.seconds = 0.0
 
     def __call__(self, event: str, duration: float, **_: Any) -> None:
         """Listens to JAX."""
-        if event == _COMPILED:
-            self.count += 1
-            self.seconds += duration
-            logger.info("compiled a program in %.1f s", duration)
+        self.count += event == _COMPILED
 
 
 @contextmanager
-def watch_compilations() -> Iterator[CompileLog]:
-    """Counts the compilations (cache hits included) within a `with` block."""
-    log = CompileLog()
+def watch_compilations() -> Iterator[CompileCount]:
+    """Counts the compilations within a `with` block: what shows that no request compiles anything anew."""
+    log = CompileCount()
     jax.monitoring.register_event_duration_secs_listener(log)
     try:
         yield log

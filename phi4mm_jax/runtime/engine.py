@@ -18,7 +18,7 @@ import numpy as np
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.encoding import Placement, encode_media
 from phi4mm_jax.runtime.limits import RequestError, answer_limit, cache_length
-from phi4mm_jax.runtime.prefill import PrefillRow, adapter_of, plan_prefill, run_prefill
+from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, plan_prefill, run_prefill
 from phi4mm_jax.runtime.sampling import SamplingKind, SamplingParams, SamplingState
 from phi4mm_jax.runtime.steps import Drawn, Steps, Weights
 
@@ -70,7 +70,7 @@ class _Row:
 
     @property
     def adapter(self) -> str | None:
-        return adapter_of(self.prompt.mode)
+        return adapter_for(self.prompt.mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +193,18 @@ class Engine:
             )
             for row in rows
         ]
+        for row in rows:
+            if row.use_long:  # it will not be run again
+                row.placements = []
         for call in plan_prefill(work, self._steps.runtime.engine):
             caches, _, hidden = run_prefill(self._steps, self._weights, self._state.caches, call)
             self._state = dataclasses.replace(self._state, caches=caches)
             if call.final:
                 drawing = [of_slot[slot] for slot in call.slots[: call.count].tolist()]
                 kind = "full" if any(row.params.kind == "full" for row in drawing) else "greedy"
+                slots = np.where(np.arange(len(call.rows)) < call.count, call.slots, self.batch).astype(np.int32)
                 self._state, drawn = self._steps.begin(
-                    self._weights.text, self._state, call.slots, hidden, call.lengths, call.use_long, kind=kind
+                    self._weights.text, self._state, slots, hidden, call.lengths, call.use_long, kind=kind
                 )
                 self._pending.append(_Pending(drawn, list(enumerate(drawing))))
 

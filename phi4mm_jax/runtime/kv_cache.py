@@ -34,12 +34,6 @@ def cache_shapes(text: TextConfig, dtypes: DTypeConfig, mesh: Mesh, batch: int, 
     return [(array, array) for _ in range(text.num_layers)]
 
 
-def cache_bytes(text: TextConfig, dtypes: DTypeConfig, batch: int, length: int) -> int:
-    """Bytes of such a cache, over all devices."""
-    per_position = 2 * text.num_layers * text.num_kv_heads * text.head_dim * storage_dtype(dtypes).itemsize
-    return batch * length * per_position
-
-
 def prefill_attend(
     slots: jax.Array,  # [R] int32: the cache row of each prompt
     starts: jax.Array,  # [R] int32: position of each chunk's first token

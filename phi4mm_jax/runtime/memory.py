@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from phi4mm_jax.config import DTypeConfig, EngineConfig, ModelConfig, RuntimeConfig
-from phi4mm_jax.runtime.kv_cache import cache_bytes
+from phi4mm_jax.runtime.steps import Steps
 
 GIB = 2**30
 
@@ -28,7 +27,9 @@ class MemoryPlan:
     cache: int
     """Keys and values of all rows."""
     sampling: int
-    """Per-row history over the vocabulary."""
+    """Per-row settings and history over the vocabulary."""
+    media: int
+    """Encoded pictures and speech, kept while their rows may have to be run again."""
     workspace: int
     """Estimate of the largest program's temporaries."""
     batch: int
@@ -39,10 +40,10 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.cache + self.sampling + self.workspace
+        return self.weights + self.cache + self.sampling + self.media + self.workspace
 
     def __str__(self) -> str:
-        parts = ("weights", "cache", "sampling", "workspace", "total")
+        parts = ("weights", "cache", "sampling", "media", "workspace", "total")
         sizes = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in parts)
         return f"{self.batch} x {self.length} tokens, GiB per device: {sizes}"
 
@@ -59,33 +60,38 @@ class MemoryPlan:
         needed = self.total - self.weights if weights_loaded else self.total
         if available is None or needed <= available:
             return
-        knobs = f"engine.max_batch (now {self.batch} rows) or engine.max_seq_len and max_tokens (now {self.length})"
-        if self.total - self.cache > (available + self.weights if weights_loaded else available):
-            knobs = "dtypes.params to a 16-bit format, or mesh.model to spread the weights over more devices"
+        if needed - self.cache > available:
+            advice = "take 16-bit dtypes.params, raise mesh.model to spread the weights, or lower prefill_buckets"
+        else:
+            advice = "lower engine.max_batch, or ask for fewer rows, shorter prompts or a smaller max_tokens"
         raise MemoryPlanError(
-            f"needs {needed / GIB:.1f} GiB and the device has {available / GIB:.1f} left ({self}); lower {knobs}"
+            f"{needed / GIB:.1f} GiB are needed and the device has {available / GIB:.1f} left ({self}); {advice}"
         )
 
 
-def plan_memory(
-    model: ModelConfig, runtime: RuntimeConfig, abstract: Mapping[str, jax.ShapeDtypeStruct], batch: int, length: int
-) -> MemoryPlan:
-    """Plans `batch` rows of `length` cache positions; sharded arrays count what one device holds of them."""
-    devices = runtime.mesh.data * runtime.mesh.model
-    weights = sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in abstract.values())
+def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) -> MemoryPlan:
+    """Plans `batch` rows of `length` cache positions with `media_tokens` encoded tokens among them."""
+    state = steps.state_shapes(batch, length)
     return MemoryPlan(
-        weights=weights,
-        cache=cache_bytes(model.text, runtime.dtypes, batch, length) // devices,
-        sampling=batch * model.text.vocab_size * (4 + 1 + 4),
-        workspace=_workspace(model, runtime.dtypes, runtime.engine, batch),
+        weights=_bytes_per_device(steps.abstract()),
+        cache=_bytes_per_device(state.caches),
+        sampling=_bytes_per_device(dataclasses.replace(state, caches=[])),
+        media=media_tokens * steps.model.text.hidden_size * steps.activation_dtype.itemsize,
+        workspace=_workspace(steps, batch),
         batch=batch,
         length=length,
     )
 
 
-def _workspace(model: ModelConfig, dtypes: DTypeConfig, engine: EngineConfig, batch: int) -> int:
+def _bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of arrays given by shape, dtype and sharding."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _workspace(steps: Steps, batch: int) -> int:
     """The widest live set of each program: residual, MLP inputs and outputs, attention scores, logits."""
-    text, vision, audio = model.text, model.vision, model.audio
+    text, vision, audio = steps.model.text, steps.model.vision, steps.model.audio
+    engine = steps.runtime.engine
     wide = 4  # products accumulate in float32
     tokens = engine.prefill_buckets[-1] * engine.prefill_rows
     prefill = tokens * (3 * text.hidden_size + 4 * text.intermediate_size) * wide
@@ -104,8 +110,13 @@ def available_memory(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return host_memory() if device.platform == "cpu" else None
+
+
+def host_memory() -> int | None:
+    """Bytes that the host has left, None if it does not say."""
     meminfo = Path("/proc/meminfo")
-    if device.platform == "cpu" and meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return None
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024

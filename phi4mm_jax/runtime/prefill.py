@@ -19,7 +19,7 @@ from phi4mm_jax.runtime.steps import Steps, Weights
 _ADAPTER_OF_MODE = {InputMode.VISION: "vision", InputMode.VISION_SPEECH: "vision", InputMode.SPEECH: "speech"}
 
 
-def adapter_of(mode: InputMode) -> str | None:
+def adapter_for(mode: InputMode) -> str | None:
     """The LoRA adapter of a sequence, None for the base weights (phi4mm-reference, 3)."""
     return _ADAPTER_OF_MODE.get(mode)
 

@@ -12,7 +12,6 @@ import math
 import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -53,7 +52,7 @@ class SamplingParams:
     """Token id -> amount added to its logit; -100 to 100."""
     seed: int | None = None
     """Makes the draw reproducible; None takes a fresh one."""
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     """Strings that end the answer; they are not part of it."""
     max_tokens: int | None = None
     """Most tokens of the answer; None for 1024 or what the context leaves, if that is less."""
@@ -70,17 +69,17 @@ class SamplingParams:
         Raises:
           SamplingError: naming the field and what is accepted.
         """
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
             raise SamplingError(f"stop = {self.stop!r}: expected a non-empty string, or a list of them")
         object.__setattr__(self, "stop", tuple(stop))
-        _number(self, "temperature", 0.0, math.inf)
+        _number(self, "temperature", 0.0, 100.0)
         _integer(self, "top_k", 0)
         _number(self, "top_p", 0.0, 1.0, exclude_low=True)
         _number(self, "min_p", 0.0, 1.0)
         _number(self, "presence_penalty", -2.0, 2.0)
         _number(self, "frequency_penalty", -2.0, 2.0)
-        _number(self, "repetition_penalty", 0.0, math.inf, exclude_low=True)
+        _number(self, "repetition_penalty", 0.0, 100.0, exclude_low=True)
         _integer(self, "min_tokens", 0)
         if self.max_tokens is not None:
             _integer(self, "max_tokens", 1)
@@ -113,8 +112,7 @@ def _number(params: SamplingParams, name: str, low: float, high: float, exclude_
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value > high or value < low or (exclude_low and value == low):
         bound = f"more than {low:g}" if exclude_low else f"at least {low:g}"
-        limit = "" if high == math.inf else f" and at most {high:g}"
-        raise SamplingError(f"{name} = {value!r}: expected a number of {bound}{limit}")
+        raise SamplingError(f"{name} = {value!r}: expected a number of {bound} and at most {high:g}")
     object.__setattr__(params, name, float(value))
 
 
@@ -127,7 +125,7 @@ def _integer(params: SamplingParams, name: str, low: int, high: int | None = Non
     object.__setattr__(params, name, int(value))
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class SamplingState:
     """The settings and history of all rows, on device. B rows, V vocabulary."""
@@ -169,8 +167,7 @@ class SamplingState:
         in_prompt[prompt] = True
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         ids = np.full(MAX_STOP_IDS, -1, np.int32)
-        if not params.ignore_eos:
-            ids[: len(stop_ids)] = stop_ids
+        ids[: len(stop_ids)] = stop_ids
         return cls(
             temperature=np.float32(params.temperature),
             top_k=np.int32(min(params.top_k, vocab_size)),
@@ -190,7 +187,7 @@ class SamplingState:
         )
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Logprobs:
     """Natural-log probabilities under the unmodified model distribution."""
@@ -267,7 +264,10 @@ def _truncate(logits: jax.Array, state: SamplingState) -> jax.Array:
     probabilities = jax.nn.softmax(logits, axis=-1)
     # At least the likeliest token stays, whatever rounding does to the sum.
     mass = jnp.minimum(state.top_p, jnp.sum(probabilities, axis=-1))
-    held = lambda keep: jnp.sum(jnp.where(keep, probabilities, 0.0), axis=-1) >= mass  # noqa: E731
+
+    def held(keep: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(keep, probabilities, 0.0), axis=-1) >= mass
+
     floor = jnp.where(state.top_p < 1, _highest_threshold(probabilities, held), 0.0)
     floor = jnp.maximum(floor, state.min_p * jnp.max(probabilities, axis=-1))
     return jnp.where(probabilities >= floor[:, None], logits, -jnp.inf)

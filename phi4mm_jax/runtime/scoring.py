@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.encoding import encode_media
-from phi4mm_jax.runtime.limits import check_length
-from phi4mm_jax.runtime.memory import GIB, MemoryPlanError, available_memory
-from phi4mm_jax.runtime.prefill import PrefillRow, adapter_of, plan_prefill, run_prefill
+from phi4mm_jax.runtime.limits import cache_length, check_length
+from phi4mm_jax.runtime.memory import GIB, MemoryPlanError, available_memory, host_memory, plan_memory
+from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, plan_prefill, run_prefill
 from phi4mm_jax.runtime.steps import Steps, Weights
 
 
@@ -27,19 +26,20 @@ def score(steps: Steps, weights: Weights, prompt: Prompt) -> np.ndarray:
     text, engine = steps.model.text, steps.runtime.engine
     length = len(prompt.token_ids)
     check_length(steps, length)
-    size, free = length * text.vocab_size * 4, available_memory(jax.devices("cpu")[0])
+    size, free = length * text.vocab_size * 4, host_memory()
     if free is not None and size > free:
         raise MemoryPlanError(
             f"logits of {length} tokens take {size / GIB:.1f} GiB and the host has {free / GIB:.1f} left; score a "
             "shorter prompt"
         )
+    positions = round_up(cache_length(steps, prompt, max_tokens=0), engine.cache_buckets)
+    plan_memory(steps, 1, positions).check(available_memory(steps.mesh.devices.flat[0]), weights_loaded=True)
     (placements,) = encode_media(steps, weights, [prompt])
-    tokens = prompt.token_ids
-    use_long = len(tokens) > text.original_max_position_embeddings
-    row = PrefillRow(0, tokens, placements, use_long, adapter_of(prompt.mode))
+    use_long = length > text.original_max_position_embeddings
+    row = PrefillRow(0, prompt.token_ids, placements, use_long, adapter_for(prompt.mode))
     calls = plan_prefill([row], engine)
-    caches = steps.new_state(1, round_up(sum(call.size for call in calls) + 1, engine.cache_buckets)).caches
-    logits = np.empty((len(tokens), text.vocab_size), np.float32)
+    caches = steps.new_state(1, positions).caches
+    logits = np.empty((length, text.vocab_size), np.float32)
     for call in calls:
         caches, hidden, _ = run_prefill(steps, weights, caches, call)
         chunk = logits[call.starts[0] : call.starts[0] + call.size]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from pallas_kernels.dispatch import prefer
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
@@ -40,7 +42,7 @@ class Weights(NamedTuple):
     audio: Leaves
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class DecodeState:
     """Everything that decoding carries from step to step, on device; donated to each program and returned."""
@@ -53,7 +55,7 @@ class DecodeState:
     sampling: SamplingState
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
     """Tokens drawn by one dispatch: column i of a row is its i-th step, -1 where the row sat out."""
@@ -91,8 +93,11 @@ class Steps:
     def _compile(self, step: Any, donate: tuple[int, ...], static: tuple[str, ...] = ()) -> Any:
         precision = self.runtime.dtypes.matmul_precision
 
+        # XLA does not partition a call into another library, so a mesh of several devices takes XLA's own forms.
+        backends = partial(prefer, "xla") if self.mesh.size > 1 else nullcontext
+
         def traced(*args: Any, **kwargs: Any) -> Any:
-            with jax.default_matmul_precision(precision):
+            with jax.default_matmul_precision(precision), backends():
                 return step(*args, **kwargs)
 
         traced.__name__ = step.__name__.strip("_")
@@ -219,7 +224,7 @@ class Steps:
         self,
         leaves: Leaves,
         state: DecodeState,
-        slots: jax.Array,  # [R] int32, equal entries stand for one row
+        slots: jax.Array,  # [R] int32; rows that only fill the call have slots beyond the batch
         hidden: jax.Array,  # [R, D] of each prompt's last token
         lengths: jax.Array,  # [R] int32: prompt length
         use_long: jax.Array,  # [R] bool
@@ -229,7 +234,10 @@ class Steps:
         logits = self._towers["text"].merge(leaves).embed.attend(hidden)
         rows = jax.tree.map(lambda a: a[slots], state.sampling)
         tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind)
-        put = lambda target, new: target.at[slots].set(new)  # noqa: E731
+
+        def put(target: jax.Array, new: jax.Array) -> jax.Array:
+            return target.at[slots].set(new, mode="drop")
+
         state = dataclasses.replace(
             state,
             tokens=put(state.tokens, tokens),
@@ -301,12 +309,11 @@ class _Tower:
 
     def __init__(self, module: nnx.Module):
         self._graph, state = nnx.split(module)
-        flat = nnx.to_flat_state(state)
-        self.paths = [".".join(map(str, path)) for path, _ in flat]
+        self._structure = jax.tree.structure(state)
+        flat, _ = jax.tree.flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        self.paths = [".".join(str(entry.key) for entry in path) for path, _ in flat]
         self.leaves = [variable.get_value() for _, variable in flat]
         self.axes = [variable.get_metadata()["axes"] for _, variable in flat]
-        leaves, self._structure = jax.tree.flatten(state)
-        assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in self.leaves]
 
     def merge(self, leaves: Leaves) -> Any:
         """The module around (traced) leaves."""

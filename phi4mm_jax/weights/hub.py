@@ -14,7 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from phi4mm_jax.weights.mapping import ADAPTERS, adapter_of
+from phi4mm_jax.models.lora import ADAPTERS
+from phi4mm_jax.weights.mapping import adapter_of
 from phi4mm_jax.weights.reader import ADAPTER_FILE, INDEX_NAME, read_index
 
 _SMALL_FILES = (

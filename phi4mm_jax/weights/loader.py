@@ -8,7 +8,7 @@ import math
 import mmap
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -116,9 +116,11 @@ def load(
         skipped=skipped,
     )
     logger.info(
-        "%s: %d tensors, %.1f GB in %.1f s; %d tensors skipped",
-        *(directory, report.num_tensors, report.num_bytes / 1e9, report.seconds, len(skipped)),
+        "%s: %d tensors, %.1f GB in %.1f s",
+        *(directory, report.num_tensors, report.num_bytes / 1e9, report.seconds),
     )
+    for reason, count in Counter(skipped.values()).items():
+        logger.info("skipped %d tensors: %s", count, reason)
     return {path: placed[path] for path in abstract}, report
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.models.lora import ADAPTERS
 
 Layout = Literal["hub", "native"]
-ADAPTERS = ("vision", "speech")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def _speech_feed_forward(name: str, path: str) -> tuple[Rule, ...]:
     hub, path = f"{_AUDIO}encoder.encoders.{{i}}.{name}", f"audio.layers.{{i}}.{path}"
     return (
         *_affine(f"{hub}.layer_norm", "Da", f"{path}.norm"),
-        *_affine(f"{hub}.net.0.linear", "2*Fa Da", f"{path}.gate_up", native=f"{hub}.gate_up_proj"),
+        *_affine(f"{hub}.net.0.linear", "2*Fa Da", f"{path}.up_gate", native=f"{hub}.gate_up_proj"),
         *_affine(f"{hub}.net.2", "Da Fa", f"{path}.down", native=f"{hub}.down_proj"),
     )
 

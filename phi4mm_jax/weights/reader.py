@@ -15,7 +15,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from phi4mm_jax.weights.mapping import ADAPTERS, adapter_of, canonical_name
+from phi4mm_jax.models.lora import ADAPTERS
+from phi4mm_jax.weights.mapping import adapter_of, canonical_name
 
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"

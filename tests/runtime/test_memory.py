@@ -9,7 +9,6 @@ import pytest
 
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.runtime import steps as steps_module
-from phi4mm_jax.runtime.kv_cache import cache_bytes
 from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
 from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.steps import Steps
@@ -45,7 +44,7 @@ def prefill_memory(steps, count):
 
 def share_of_cache(memory, steps):
     """Temporary memory over the size of the cache, which must be handed on in place."""
-    cache = cache_bytes(steps.model.text, steps.runtime.dtypes, BATCH, LENGTH)
+    cache = plan_memory(steps, BATCH, LENGTH).cache
     assert memory.alias_size_in_bytes >= cache
     return memory.temp_size_in_bytes / cache
 
@@ -92,17 +91,18 @@ def released() -> ModelConfig:
 
 
 def plan(model, runtime, batch, length) -> MemoryPlan:
-    return plan_memory(model, runtime, Steps(model, runtime, create_mesh(runtime.mesh)).abstract(), batch, length)
+    return plan_memory(Steps(model, runtime, create_mesh(runtime.mesh)), batch, length)
 
 
 def test_plan_of_the_released_model_on_cpu(released):
     found = plan(released, RuntimeConfig.load("cpu"), 2, 1024)
     assert found.weights == (5_543_980_224 - 160) * 2 + 160 * 4
     assert found.cache == 2 * 1024 * (32 * 2 * 8 * 128) * 2  # rows, positions, keys and values of all layers, bytes
-    assert found.sampling == 2 * 200064 * 9
+    assert 2 * 200064 * 9 < found.sampling < 2 * 200064 * 9 + 1000  # bias, prompt and answer over the vocabulary
+    assert found.media == 0
     assert 0 < found.workspace < 2**30
     assert found.total == found.weights + found.cache + found.sampling + found.workspace
-    assert "weights 10.33, cache 0.25, sampling 0.00" in str(found)
+    assert "weights 10.33, cache 0.25, sampling 0.00, media 0.00" in str(found)
 
 
 def test_plan_of_sharded_arrays_counts_one_device(released):
@@ -112,16 +112,29 @@ def test_plan_of_sharded_arrays_counts_one_device(released):
     assert one.weights // 4 < eight.weights < one.weights // 3
 
 
+def test_plan_counts_what_stays_whole(released):
+    """A batch of one is not spread over two data devices."""
+    one = plan(released, RuntimeConfig.load("cpu"), 1, 1024)
+    assert plan(released, RuntimeConfig.load("cpu", mesh={"data": 2}), 1, 1024).cache == one.cache
+
+
+def test_plan_counts_encoded_media(released):
+    runtime = RuntimeConfig.load("cpu")
+    steps = Steps(released, runtime, create_mesh(runtime.mesh))
+    assert plan_memory(steps, 1, 1024, media_tokens=545).media == 545 * 3072 * 4
+
+
 def test_what_does_not_fit_names_the_setting():
-    rows = MemoryPlan(weights=10 * 2**30, cache=8 * 2**30, sampling=0, workspace=2**30, batch=8, length=8192)
+    size = {"weights": 10 * 2**30, "cache": 8 * 2**30, "sampling": 0, "media": 0, "workspace": 2**30}
+    rows = MemoryPlan(**size, batch=8, length=8192)
     rows.check(None)
     rows.check(19 * 2**30)
     rows.check(9 * 2**30, weights_loaded=True)
-    with pytest.raises(MemoryPlanError, match=r"needs 19.0 GiB .* 18.9 left .*engine.max_batch \(now 8 rows\)"):
+    with pytest.raises(MemoryPlanError, match=r"^19.0 GiB are needed .* 18.9 left .*8 x 8192 .*lower engine.max_batch"):
         rows.check(int(18.9 * 2**30))
-    with pytest.raises(MemoryPlanError, match=r"needs 9.0 GiB .* 8.0 left .*engine.max_seq_len .*\(now 8192\)"):
+    with pytest.raises(MemoryPlanError, match=r"^9.0 GiB are needed .* 8.0 left .*lower .*max_tokens"):
         rows.check(8 * 2**30, weights_loaded=True)
-    with pytest.raises(MemoryPlanError, match=r"lower dtypes.params .*mesh.model"):
+    with pytest.raises(MemoryPlanError, match=r"16-bit dtypes.params, raise mesh.model"):
         rows.check(10 * 2**30)
     with pytest.raises(MemoryPlanError, match=r"dtypes.params"):
         dataclasses.replace(rows, workspace=9 * 2**30).check(5 * 2**30, weights_loaded=True)

@@ -224,7 +224,7 @@ def test_stop_tokens_minimum_and_limit(kind):
         state_of(plain, stop_ids=(9, 30)),
         state_of(dataclasses.replace(plain, min_tokens=2), stop_ids=(9, 30)),  # first token: no stop yet
         state_of(dataclasses.replace(plain, min_tokens=2), answer=[4, 4], stop_ids=(9, 30)),
-        state_of(dataclasses.replace(plain, ignore_eos=True), stop_ids=(9, 30)),
+        state_of(plain, stop_ids=()),
         state_of(plain, max_tokens=1),
         state_of(plain, answer=[1, 1], max_tokens=4),
         state_of(plain, answer=[1, 1, 1], max_tokens=4),
@@ -297,7 +297,8 @@ def test_logprobs_are_those_of_the_model():
         ("stop", ["a", ""]),
         ("stop", [1]),
         ("stop", 1),
-        ("stop", None),
+        ("temperature", 1e308),
+        ("repetition_penalty", 1e40),
         ("ignore_eos", 1),
         ("ignore_eos", None),
         ("logit_bias", {1: 100.5}),
