@@ -45,7 +45,7 @@ def describe(source: object) -> str:
         name = os.fsdecode(source)
         if name[:5].lower() == "data:":
             name = name.partition(",")[0] + ",..."
-        return shorten(name, _NAME_LENGTH)
+        return shorten(name, _NAME_LENGTH) or "''"
     return type(source).__name__
 
 
