@@ -20,6 +20,7 @@ _NUMERIC = {"numpy", "ml_dtypes"}
 RULES: dict[str, set[str]] = {
     "pallas_kernels": {"jax", "numpy"},
     "phi4mm_jax.config": set(),
+    "phi4mm_jax.config.runtime": {"jax", "phi4mm_jax.config"},  # inside auto(), which asks for the devices
     "phi4mm_jax.processing": {
         *("numpy", "PIL", "soundfile", "soxr", "tokenizers"),
         "phi4mm_jax.config",
@@ -144,6 +145,7 @@ def test_layering(check: Callable[..., list[str]]) -> None:
         (forbidden_imports, "pallas_kernels.a", "from phi4mm_jax.config import ModelConfig"),
         (forbidden_imports, "pallas_kernels.a", "import flax"),
         (forbidden_imports, "phi4mm_jax.config", "from phi4mm_jax import models"),
+        (forbidden_imports, "phi4mm_jax.config.model", "def f():\n    import jax"),
         (forbidden_imports, "phi4mm_jax.processing.a", "def f():\n    import jax.numpy as jnp"),
         (forbidden_imports, "phi4mm_jax.models.a", "from ..runtime import engine"),
         (forbidden_imports, "phi4mm_jax.models.a", "from phi4mm_jax.weights.mapping import RULES"),

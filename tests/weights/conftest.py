@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.config import ModelConfig, TokenConfig
 from phi4mm_jax.models.phi4mm import Phi4MMModel
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,6 +43,7 @@ def small(released: ModelConfig) -> ModelConfig:
         ),
         vision_lora=dataclasses.replace(released.vision_lora, rank=8, alpha=16.0),
         speech_lora=dataclasses.replace(released.speech_lora, rank=10, alpha=30.0),
+        tokens=TokenConfig(image=240, audio=241, pad=245, eos=(246, 245)),
     )
 
 
