@@ -110,7 +110,7 @@ def test_configurations(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"config": "gpu_t5"}, ConfigError, "unknown preset 'gpu_t5'.*gpu_t4"),
-        ({"engine": {"max_bach": 4}}, ConfigError, "engine.max_bach; did you mean engine.max_batch"),
+        ({"engine": {"max_bach": 4}}, ConfigError, "engine.max_bach is an unknown setting; did you mean max_batch"),
         ({"dtype": "int8"}, ConfigError, "dtypes.params = 'int8': expected one of 'float32'"),
         ({"mesh": {"model": 64}}, ConfigError, "needs 64 devices"),
     ],
