@@ -435,6 +435,7 @@ def test_no_dimension_takes_another_type(released: ModelConfig, tmp_path: Path) 
         ("vocab_size", 1e9, "= 1000000000.0: expected int"),
         ("rms_norm_eps", "x", "= 'x': expected float"),
         ("rms_norm_eps", 10**400, "expected a finite number"),
+        ("hidden_size", 10**30, "expected an integer of 32 bits"),
         ("pad_token_id", 10**9, "= 1000000000: expected an id below vocab_size 200064"),
         ("rope_scaling.long_factor", ["x"] * 48, "[0] = 'x': expected float"),
         ("vision_lora.r", 0, "= 0: must be positive"),
@@ -535,6 +536,13 @@ def test_null_is_absent(released: ModelConfig, tmp_path: Path) -> None:
     assert read_with(tmp_path, files, "sliding_window", None) == released
     assert read_with(tmp_path, files, "generation_config.json#eos_token_id", None) == released
     assert read_with(tmp_path, files, "preprocessor_config.json#dynamic_hd", None) == released
+
+
+def test_end_of_answer_ids_of_config_json(released: ModelConfig, tmp_path: Path) -> None:
+    files = hub_files(released)
+    del files["generation_config.json"]
+    assert read_with(tmp_path, files, "use_cache", True).tokens.eos == (200020, 199999)
+    assert_refused(tmp_path, files, "eos_token_id", None, "is missing")
 
 
 def test_end_of_answer_ids_may_be_one_number(released: ModelConfig, tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, annotation)):
         raise wrong(name, value, f"expected {annotation.__name__}")
     if annotation is int:
+        if abs(value) >= 2**31:
+            raise wrong(name, value, "expected an integer of 32 bits")
         return value
     if not abs(value) <= sys.float_info.max:  # NaN too
         raise wrong(name, value, "expected a finite number")

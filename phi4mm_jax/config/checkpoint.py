@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os.path
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,9 +86,11 @@ class _Files:
         return value
 
     def first(self, references: str) -> str:
-        """Returns the first of several references that has a value, the very first if none has."""
+        """Returns the first of several references that has a value; if none has, the first that has a file."""
         candidates = references.split(" | ")
-        return next((r for r in candidates if self.find(r) is not None), candidates[0])
+        found = (r for r in candidates if self.find(r) is not None)
+        possible = (r for r in candidates if os.path.exists(self._directory / _split(r)[0]))
+        return next(itertools.chain(found, possible, candidates))
 
     def require(self, reference: str) -> Any:
         """Returns a value that must be there."""
