@@ -106,7 +106,8 @@ class Phi4MM:
         Args:
           inputs: a conversation (OpenAI-style messages), a raw prompt string, token ids, or a list of these. Rows of
             a list may mix text, images and speech; more than `engine.max_batch` take turns.
-          images: pictures, in the order of the prompt's placeholders or tags; for a list of inputs, one list per input.
+          images: pictures, in the order of the prompt's placeholders, or of the tags in messages without pictures of
+            their own; for a list of inputs, one list per input.
           audios: recordings, likewise.
           tools: tools of a conversation, as in the OpenAI API.
           **sampling: fields of `SamplingParams`; for a list of inputs each may be a list with one value per input
@@ -248,9 +249,8 @@ def runtime_config(
     """The runtime configuration that `from_pretrained`'s arguments mean, for the devices at hand."""
     if isinstance(config, RuntimeConfig):
         runtime = config.override(**sections)
-    elif config == "auto":
-        devices = jax.devices()
-        runtime = RuntimeConfig.auto(devices[0].platform, devices[0].device_kind, len(devices), **sections)
+    elif not isinstance(config, (str, Path)):
+        raise ConfigError(f"config = {config!r}: expected 'auto', a preset's name, a TOML file or a RuntimeConfig")
     else:
         runtime = RuntimeConfig.load(config, **sections)
     if dtype is None:

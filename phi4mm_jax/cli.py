@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi4mm_jax.config import ModelConfig, parse_settings
+from phi4mm_jax.config import ModelConfig, models, parse_settings
 from phi4mm_jax.terminal import TerminalChat, attach, conversation, is_input_error, user_message, users_names
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(command=_chat)
 
     info = commands.add_parser("info", help="show architecture, parameters and memory plan; reads no weights")
-    info.add_argument("model", metavar="M", help="checkpoint directory, hub id, or model description (.toml)")
+    info.add_argument("model", metavar="M", help="directory, hub id, description (.toml), or phi4mm: the released one")
     info.set_defaults(command=_info)
 
     for command in (generate, chat):
@@ -200,11 +200,9 @@ def _info(args: argparse.Namespace) -> None:
     from phi4mm_jax.weights.hub import resolve
 
     runtime = runtime_config(args.config, None, **parse_settings(args.set))
-    if args.model.endswith(".toml"):
-        model = ModelConfig.from_toml(args.model)
-    else:
-        model = ModelConfig.from_checkpoint(resolve(args.model, revision=args.revision, weights=False))
-    print(describe(model, runtime))
+    described = args.model in models() or args.model.endswith(".toml")
+    source = args.model if described else resolve(args.model, revision=args.revision, weights=False)
+    print(describe(ModelConfig.load(source), runtime))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -71,7 +72,7 @@ class SamplingParams:
         """
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
-            raise SamplingError(f"stop = {self.stop!r}: expected a non-empty string, or a list of them")
+            raise SamplingError(f"stop = {reprlib.repr(self.stop)}: expected a non-empty string, or a list of them")
         object.__setattr__(self, "stop", tuple(stop))
         _number(self, "temperature", 0.0, 100.0)
         _integer(self, "top_k", 0)
@@ -90,14 +91,15 @@ class SamplingParams:
         if self.seed is not None:
             _integer(self, "seed", -(2**63), 2**64 - 1)
         if not isinstance(self.ignore_eos, bool):
-            raise SamplingError(f"ignore_eos = {self.ignore_eos!r}: expected true or false")
+            raise SamplingError(f"ignore_eos = {reprlib.repr(self.ignore_eos)}: expected true or false")
         if not isinstance(self.logit_bias, Mapping):
-            raise SamplingError(f"logit_bias = {self.logit_bias!r}: expected a mapping from token id to -100 to 100")
+            given = reprlib.repr(self.logit_bias)
+            raise SamplingError(f"logit_bias = {given}: expected a mapping from token id to -100 to 100")
         for token, bias in self.logit_bias.items():
             whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
             number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
             if not whole or not number or not -100 <= bias <= 100:
-                raise SamplingError(f"logit_bias = {{{token!r}: {bias!r}}}: expected token id -> -100 to 100")
+                raise SamplingError(f"logit_bias = {reprlib.repr({token: bias})}: expected token id -> -100 to 100")
 
     @property
     def kind(self) -> SamplingKind:
@@ -112,7 +114,7 @@ def _number(params: SamplingParams, name: str, low: float, high: float, exclude_
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value > high or value < low or (exclude_low and value == low):
         bound = f"more than {low:g}" if exclude_low else f"at least {low:g}"
-        raise SamplingError(f"{name} = {value!r}: expected a number of {bound} and at most {high:g}")
+        raise SamplingError(f"{name} = {reprlib.repr(value)}: expected a number of {bound} and at most {high:g}")
     object.__setattr__(params, name, float(value))
 
 
@@ -121,7 +123,7 @@ def _integer(params: SamplingParams, name: str, low: int, high: int | None = Non
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         limit = "" if high is None else f" and at most {high}"
-        raise SamplingError(f"{name} = {value!r}: expected an integer of at least {low}{limit}")
+        raise SamplingError(f"{name} = {reprlib.repr(value)}: expected an integer of at least {low}{limit}")
     object.__setattr__(params, name, int(value))
 
 
