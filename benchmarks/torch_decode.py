@@ -72,9 +72,7 @@ class Decoder:
         layer["cache"][0, :, start:end], layer["cache"][1, :, start:end] = k, v
         keys, values = layer["cache"][:, :, :end]
         # A prefill starts an empty cache, so that its causal mask is the plain one.
-        out = F.scaled_dot_product_attention(
-            q[None], keys[None], values[None], is_causal=len(x) > 1, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=len(x) > 1, enable_gqa=True)
         return F.linear(out[0].transpose(0, 1).reshape(len(x), -1), layer["out"])
 
     def _rotate(self, h: torch.Tensor, start: int, end: int) -> torch.Tensor:

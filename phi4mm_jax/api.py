@@ -184,9 +184,7 @@ class Phi4MM:
 
     # --- parts -----------------------------------------------------------------------------------------------
 
-    def _prompt(
-        self, inputs: Input, images: Sequence[Any] | None, audios: Sequence[Any] | None, tools: Any
-    ) -> Prompt:
+    def _prompt(self, inputs: Input, images: Sequence[Any] | None, audios: Sequence[Any] | None, tools: Any) -> Prompt:
         images, audios = (() if media is None else media for media in (images, audios))
         if _is_conversation(inputs):
             return self.processor.conversation(inputs, tools=tools, images=images, audios=audios)

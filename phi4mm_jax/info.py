@@ -40,11 +40,7 @@ def describe(model: ModelConfig, runtime: RuntimeConfig) -> str:
     steps = Steps(model, runtime, create_mesh(runtime.mesh, stand_ins))
     engine = runtime.engine
     lengths = {round_up(min(length, engine.max_seq_len), engine.cache_buckets) for length in (1000, 4000, 130000)}
-    plans = [
-        plan_memory(steps, batch, length)
-        for batch in (1, engine.max_batch)
-        for length in sorted(lengths)
-    ]
+    plans = [plan_memory(steps, batch, length) for batch in (1, engine.max_batch) for length in sorted(lengths)]
     parameters, sizes = Counter[str](), Counter[str]()
     for path, leaf in steps.abstract().items():
         component = next(name for name, pattern in _COMPONENTS if re.match(pattern, path))

@@ -136,9 +136,7 @@ def test_incomplete_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", ["text", "image_audio"])
 def test_ids(model, golden, cases, name):
     case = cases[name]
-    output = model.generate(
-        case["ids"], images=case["images"], audios=case["audios"], max_tokens=16, ignore_eos=True
-    )
+    output = model.generate(case["ids"], images=case["images"], audios=case["audios"], max_tokens=16, ignore_eos=True)
     assert output.token_ids == golden[f"tokens/{name}"].tolist()
     assert output.text == model.processor.tokenizer.decode(output.token_ids)
     assert (output.finish_reason, output.logprobs) == ("length", None)

@@ -14,17 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.encoder_attention import encoder_attention
 from phi4mm_jax.config import AudioConfig, ModelConfig
 from phi4mm_jax.models.layers import (
+    EncoderAttention,
     LayerNorm,
     Linear,
     Projector,
     in_float32,
-    merge_heads,
     over_rows,
     param,
-    project_heads,
     value,
 )
 
@@ -108,22 +106,6 @@ class FeedForward(nnx.Module):
         return self.down(up * in_float32(jax.nn.silu, gate))
 
 
-class Attention(nnx.Module):
-    """Attention within a window, with one relative bias for all layers."""
-
-    def __init__(self, config: AudioConfig, dtype: Any):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q, self.k, self.v = (Linear(width, width, dtype, ("heads", None)) for _ in range(3))
-        self.out = Linear(width, width, dtype, (None, "heads"))
-
-    def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
-        """Maps x [B, T, D] to the same; bias [heads, T, T], key_mask [B, T]."""
-        q, k, v = project_heads(self, x)
-        attended = encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, bias=bias, key_mask=key_mask)
-        return self.out(merge_heads(attended))
-
-
 class Convolution(nnx.Module):
     """Gated pointwise, causal depthwise and two pointwise convolutions."""
 
@@ -164,7 +146,7 @@ class ConformerLayer(nnx.Module):
     def __init__(self, config: AudioConfig, dtype: Any):
         self.ff_in = FeedForward(config, dtype)
         self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
-        self.attention = Attention(config, dtype)
+        self.attention = EncoderAttention(config.hidden_size, config.num_heads, dtype)
         self.conv = Convolution(config, dtype)
         self.ff_out = FeedForward(config, dtype)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
@@ -172,7 +154,7 @@ class ConformerLayer(nnx.Module):
     def __call__(self, x: jax.Array, bias: jax.Array, key_mask: jax.Array) -> jax.Array:
         """Maps x [B, T, D] to the same; bias [heads, T, T], key_mask [B, T]."""
         x = x + self.ff_in(x) * 0.5
-        x = x + self.attention(self.attention_norm(x), bias, key_mask)
+        x = x + self.attention(self.attention_norm(x), key_mask, bias)
         x = x + self.conv(x)
         x = x + self.ff_out(x) * 0.5
         return self.norm(x)
@@ -192,9 +174,7 @@ class AudioModel(nnx.Module):
         self.speech_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
         self.vision_projector = Projector(audio.hidden_size, config.text.hidden_size, dtype)
 
-    def encode(
-        self, features: jax.Array, continues: jax.Array, frames: jax.Array, num_keys: jax.Array
-    ) -> jax.Array:
+    def encode(self, features: jax.Array, continues: jax.Array, frames: jax.Array, num_keys: jax.Array) -> jax.Array:
         """Conformer output of each window.
 
         Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.encoder_attention import encoder_attention
 from pallas_kernels.matmul import matmul
 
 
@@ -81,6 +82,31 @@ class LayerNorm(nnx.Module):
         )
 
 
+class EncoderAttention(nnx.Module):
+    """Bidirectional self-attention of an encoder."""
+
+    def __init__(self, width: int, num_heads: int, dtype: Any):
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (Linear(width, width, dtype, ("heads", None)) for _ in range(3))
+        self.out = Linear(width, width, dtype, (None, "heads"))
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        key_mask: jax.Array,  # [B, T] bool: what is attended to
+        bias: jax.Array | None = None,  # [heads, T, T] float32, added to the scores
+        mask_queries: bool = False,  # only the bias of `out` gets through at masked positions
+    ) -> jax.Array:
+        """Maps x to [B, T, D]. Keys and values take the weights' dtype, in which both products then run."""
+        dtype = self.k.weight.get_value().dtype
+        q, k, v = (project(x).reshape(*x.shape[:2], self.num_heads, -1) for project in (self.q, self.k, self.v))
+        scale = q.shape[-1] ** -0.5
+        attended = encoder_attention(q, k.astype(dtype), v.astype(dtype), scale=scale, bias=bias, key_mask=key_mask)
+        if mask_queries:
+            attended = jnp.where(key_mask[:, :, None, None], attended, jnp.zeros_like(attended))
+        return self.out(merge_heads(attended))
+
+
 class Projector(nnx.Module):
     """Two linear layers with an exact GELU: from an encoder's width to the decoder's."""
 
@@ -91,19 +117,6 @@ class Projector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., in] to [..., out]."""
         return self.down(in_float32(partial(jax.nn.gelu, approximate=False), self.up(x)))
-
-
-def project_heads(attention: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values [B, T, N, H] of an encoder's attention, for x [B, T, D].
-
-    Keys and values take the weights' dtype, in which both attention products then run.
-    """
-    dtype = attention.k.weight.get_value().dtype
-    q, k, v = (
-        project(x).reshape(*x.shape[:2], attention.num_heads, -1)
-        for project in (attention.q, attention.k, attention.v)
-    )
-    return q, k.astype(dtype), v.astype(dtype)
 
 
 def merge_heads(x: jax.Array) -> jax.Array:

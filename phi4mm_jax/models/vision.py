@@ -13,26 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.encoder_attention import encoder_attention
 from phi4mm_jax.config import ModelConfig, VisionConfig
-from phi4mm_jax.models.layers import LayerNorm, Linear, Projector, in_float32, merge_heads, param, project_heads
-
-
-class Attention(nnx.Module):
-    """Bidirectional attention over the real patches of a crop."""
-
-    def __init__(self, config: VisionConfig, dtype: Any):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q, self.k, self.v = (Linear(width, width, dtype, ("heads", None)) for _ in range(3))
-        self.out = Linear(width, width, dtype, (None, "heads"))
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x [C, P, D] to the same; mask [C, P] bool, true for real patches."""
-        q, k, v = project_heads(self, x)
-        attended = merge_heads(encoder_attention(q, k, v, scale=q.shape[-1] ** -0.5, key_mask=mask))
-        # The shipped flash attention never computes masked queries: only the bias of `out` gets through.
-        return self.out(jnp.where(mask[:, :, None], attended, jnp.zeros_like(attended)))
+from phi4mm_jax.models.layers import EncoderAttention, LayerNorm, Linear, Projector, in_float32, param
 
 
 class MLP(nnx.Module):
@@ -52,13 +34,14 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: VisionConfig, dtype: Any):
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
-        self.attention = Attention(config, dtype)
+        self.attention = EncoderAttention(config.hidden_size, config.num_heads, dtype)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps x [C, P, D] to the same; mask [C, P]."""
-        x = x + self.attention(self.norm1(x), mask)
+        # The shipped flash attention never computes masked queries.
+        x = x + self.attention(self.norm1(x), mask, mask_queries=True)
         return x + self.mlp(self.norm2(x))
 
 

@@ -263,4 +263,3 @@ def _logprobs(row: _Row, drawn: Drawn, i: int, columns: np.ndarray) -> list[Toke
         )
         for c in columns
     ]
-

@@ -43,9 +43,7 @@ def prefill_attend(
 ) -> Attend[LayerCache]:
     """Attention of a prompt chunk: appends R chunks to their rows, then attends causally."""
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         keys, values = (_write(c, new, slots, starts) for c, new in zip(cache, (k, v), strict=True))
         out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size)
         return out, (keys, values)
@@ -61,9 +59,7 @@ def decode_attend(
 ) -> Attend[LayerCache]:
     """Attention of one new token per row; rows that sit out write to scratch and read one position."""
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         scratch = cache[0].shape[2] - 1
         slots = jnp.arange(q.shape[0], dtype=jnp.int32)
         where = jnp.where(running, positions, scratch)
@@ -83,4 +79,3 @@ def _write(cache: jax.Array, new: jax.Array, slots: jax.Array, starts: jax.Array
     for r in range(new.shape[0]):
         cache = jax.lax.dynamic_update_slice(cache, new[r : r + 1], (slots[r], zero, starts[r], zero))
     return cache
-

@@ -73,9 +73,7 @@ def test_logits_of_rows_of_a_padded_batch(oracle_steps, oracle_weights, oracle_p
     short, full = expected["leftpad_input_ids"]
     for ids, name in ((short[5:], "leftpad_logits_row0_valid"), (full, "leftpad_logits_row1")):
         prompt = type(oracle_prompts["text"])(ids)
-        np.testing.assert_allclose(
-            score(oracle_steps, oracle_weights, prompt), expected[name], atol=2e-4, rtol=1e-4
-        )
+        np.testing.assert_allclose(score(oracle_steps, oracle_weights, prompt), expected[name], atol=2e-4, rtol=1e-4)
 
 
 def test_tokens(oracle_steps, oracle_weights, oracle_prompts, arrays, run, tokens_of):

@@ -38,6 +38,4 @@ def test_the_last_tokens_do_not_change_the_first_logits(steps, weights, prompts)
     """Causal, across the border of two chunks."""
     prompt = prompts["switch_text"]
     shorter = dataclasses.replace(prompt, token_ids=prompt.token_ids[:20])
-    np.testing.assert_allclose(
-        score(steps, weights, shorter), score(steps, weights, prompt)[:20], **TOLERANCE
-    )
+    np.testing.assert_allclose(score(steps, weights, shorter), score(steps, weights, prompt)[:20], **TOLERANCE)
