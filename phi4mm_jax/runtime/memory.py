@@ -101,7 +101,7 @@ def _workspace(steps: Steps, batch: int) -> int:
     scores = patches * vision.patches_per_side**2 * vision.num_heads * wide
     images = patches * (4 * vision.hidden_size + 2 * vision.intermediate_size) * wide + scores
     frames = engine.audio_buckets[-1] * engine.window_buckets[-1]
-    speech = frames * audio.input_size // 4 * audio.conv_channels * wide * 2
+    speech = frames * audio.input_size // 4 * audio.conv_channels * wide * 4  # subsampling: output, padding, sums
     return max(prefill, logits, images, speech)
 
 
