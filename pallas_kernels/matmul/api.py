@@ -13,16 +13,14 @@ def matmul(
     w: jax.Array,
     *,
     out_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-    """Returns `x @ w.T`, accumulated in float32.
+    """Returns `x @ w.T`, accumulated in float32; `jax.default_matmul_precision` counts for float32 weights.
 
     Args:
       x: [..., K] activations, any float type; cast to the weight's type before the product.
       w: [N, K] weight, any float type.
       out_dtype: type of the result; default x's.
-      precision: as for `jax.lax.dot_general`.
       implementation: see `dispatch.run`.
 
     Returns:
@@ -34,4 +32,4 @@ def matmul(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype, precision=precision)
+    return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)

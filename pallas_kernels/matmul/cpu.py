@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels.cpu import library
 
@@ -18,18 +17,15 @@ def matmul(
     w: jax.Array,  # [N, K]
     *,
     out_dtype: jax.typing.DTypeLike,
-    precision: lax.PrecisionLike,
 ) -> jax.Array:
     """See `api.matmul`.
 
-    The products of 16-bit floats are exact in float32, so `precision` changes nothing. There is no derivative, and
-    `vmap` is a loop. XLA does not partition the call: a weight that is sharded over devices would be gathered, so
-    such a program chooses other backends, see `dispatch.prefer`.
+    There is no derivative, and `vmap` is a loop. XLA does not partition the call: a weight that is sharded over devices
+    would be gathered, so such a program chooses other backends, see `dispatch.prefer`.
 
     Raises:
       NotImplementedError: another platform, type of weight or number of rows, or there are no compiled kernels.
     """
-    del precision
     rows = math.prod(x.shape[:-1])
     widest = library.widest_instruction_set()
     if w.dtype not in (jnp.bfloat16, jnp.float16):

@@ -10,7 +10,6 @@ def matmul(
     w: jax.Array,  # [N, K]
     *,
     out_dtype: jax.typing.DTypeLike,
-    precision: lax.PrecisionLike,
 ) -> jax.Array:
     """See `api.matmul`."""
     # All three for XLA:CPU. Its one bfloat16 kernel gives float32, so the dot does; any other dot converts all of w.
@@ -22,7 +21,6 @@ def matmul(
         (jnp.pad(rows, ((0, 1), (0, 0))) if lone_row else rows).astype(w.dtype),
         w,
         (((1,), (1,)), ((), ())),
-        precision=precision,
         preferred_element_type=jnp.float32,
     )
     return y[: rows.shape[0]].astype(out_dtype).reshape(*x.shape[:-1], w.shape[0])

@@ -28,7 +28,8 @@ def test_matches_numpy(shape, w_dtype, x_dtype, out_dtype, implementation):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), x_dtype)
     w = jnp.asarray(rng.normal(size=(11, 7)), w_dtype)
-    y = matmul(x, w, out_dtype=out_dtype, precision="highest", implementation=implementation)
+    with jax.default_matmul_precision("highest"):
+        y = matmul(x, w, out_dtype=out_dtype, implementation=implementation)
     expected = np.asarray(x.astype(w.dtype), np.float64) @ np.asarray(w, np.float64).T
     assert y.shape == expected.shape
     assert y.dtype == (out_dtype or x_dtype)
