@@ -56,7 +56,7 @@ class EngineConfig(Settings):
     """Most tokens of one sequence, prompt and answer together; memory is taken by need, not by this limit."""
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Row counts that decode is compiled for."""
-    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 132096)
+    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192, 10240, 12288, 16384, 32768, 65536, 132096)
     """Cache lengths in tokens; the last leaves room beyond the longest context for padding."""
     prefill_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths of a prompt, in tokens; the largest is the most that one prefill call takes."""
