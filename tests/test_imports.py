@@ -27,11 +27,11 @@ RULES: dict[str, set[str]] = {
     },
     "phi4mm_jax.models": {"jax", "flax", *_NUMERIC, "phi4mm_jax.config", "pallas_kernels"},
     "phi4mm_jax.weights": {
-        *("jax", "flax", *_NUMERIC, "safetensors", "huggingface_hub", "tqdm"),
+        *("jax", "flax", *_NUMERIC, "huggingface_hub", "tqdm"),
         *("phi4mm_jax.config", "phi4mm_jax.models"),
     },
     "phi4mm_jax.runtime": {
-        *("jax", "flax", *_NUMERIC, "tqdm"),
+        *("jax", "flax", *_NUMERIC),
         *("phi4mm_jax.config", "phi4mm_jax.models", "phi4mm_jax.weights", "pallas_kernels"),
         "phi4mm_jax.processing.prompt",  # the request's dataclasses
     },
