@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +24,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = Path(tempfile.gettempdir()) / f"phi4mm_jax-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30)}
+
+
+# The scripts of tools/ are run as `python -m tools.NAME`. Only they: the packages come from where they are installed.
+tools = sys.modules["tools"] = ModuleType("tools")
+tools.__path__ = [str(Path(__file__).parents[1] / "tools")]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -84,7 +84,10 @@ class VisionModel(nnx.Module):
           [C * tokens_per_crop + 2, D]: crop by crop, row-major; the last two are the projected row separator
           (sub_GN) and view separator (glb_GN).
         """
-        x = self.features(crops, mask, position_ids)
+        return self.project(self.features(crops, mask, position_ids))
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """Pools features [C, P, vision width] and projects them: see `__call__`."""
         side = self.config.tokens_per_side
         x = x.reshape(-1, side, 2, side, 2, x.shape[-1])
         pooled = jnp.mean(x.astype(jnp.float32), axis=(2, 4)).astype(x.dtype).reshape(-1, x.shape[-1])

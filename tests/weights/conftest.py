@@ -1,8 +1,6 @@
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,8 @@ from flax import nnx
 
 from phi4mm_jax.config import ModelConfig, TokenConfig
 from phi4mm_jax.models.phi4mm import Phi4MMModel
+from tools.checkpoint_files import write_checkpoint
+from tools.random_checkpoint import RandomValues
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,21 +58,12 @@ def abstract_leaves() -> Callable[[ModelConfig], dict[str, jax.ShapeDtypeStruct]
     return abstract_leaves
 
 
-@pytest.fixture(scope="session")
-def tool() -> ModuleType:
-    """tools/random_checkpoint.py"""
-    spec = importlib.util.spec_from_file_location("random_checkpoint", REPOSITORY / "tools" / "random_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def write(tool: ModuleType, small: ModelConfig, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small checkpoint; keyword arguments are those of `write_checkpoint`."""
+def write(small: ModelConfig, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small random checkpoint; keyword arguments are those of `write_checkpoint`."""
 
-    def write(name: str = "checkpoint", **options) -> Path:
-        tool.write_checkpoint(tmp_path / name, small, **options)
+    def write(name: str = "checkpoint", seed: int = 0, **options) -> Path:
+        write_checkpoint(tmp_path / name, small, RandomValues(seed), **options)
         return tmp_path / name
 
     return write

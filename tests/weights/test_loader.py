@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.weights.loader import LoadReport, load
 from phi4mm_jax.weights.reader import CheckpointError
+from tools.checkpoint_files import write_checkpoint
+from tools.random_checkpoint import RandomValues
 
 Leaves = dict[str, np.ndarray]
 
@@ -233,12 +234,12 @@ print(peak() - before, sum(leaf.nbytes for leaf in leaves.values()))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_peak_memory(tool: ModuleType, small: ModelConfig, tmp_path: Path, dtype: str) -> None:
+def test_peak_memory(small: ModelConfig, tmp_path: Path, dtype: str) -> None:
     """Peak host memory is what is placed, and little more: no second copy, not even of the largest tensor."""
     text = {"vocab_size": 20_000, "hidden_size": 1152, "intermediate_size": 3072, "num_layers": 6, "num_heads": 48}
     factors = {"short_factor": (1.0,) * 9, "long_factor": (1.0,) * 9}
     config = dataclasses.replace(small, text=dataclasses.replace(small.text, **text, **factors))
-    tool.write_checkpoint(tmp_path / "checkpoint", config)
+    write_checkpoint(tmp_path / "checkpoint", config, RandomValues(0))
     arguments = [sys.executable, "-c", PEAK, str(tmp_path / "checkpoint"), dtype]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     growth, placed = map(int, result.stdout.split())

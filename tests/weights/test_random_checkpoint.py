@@ -1,13 +1,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.weights.reader import read_checkpoint
+from tools.checkpoint_files import config_files, plan, shard_header, shard_index, write_json
+from tools.random_checkpoint import RandomValues, main
 
 LAYOUTS = ("hub", "native")
 
@@ -16,21 +17,21 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_released_index_and_shard_sizes(tool: ModuleType, released: ModelConfig, shared: Path) -> None:
-    files = tool.plan(released, "hub")
+def test_released_index_and_shard_sizes(released: ModelConfig, shared: Path) -> None:
+    files = plan(released, "hub")
     expected = (shared / "tokenizer" / "model.safetensors.index.json").read_text()
-    assert json.dumps(tool.shard_index(files), indent=2) + "\n" == expected
+    assert json.dumps(shard_index(files), indent=2) + "\n" == expected
     sizes = []
     for tensors in files.values():
         by_name = {e.name: e for e in sorted(tensors, key=lambda e: e.name)}
-        sizes.append(len(tool.shard_header(by_name)) + sum(2 * int(np.prod(e.shape)) for e in tensors))
+        sizes.append(len(shard_header(by_name)) + sum(2 * int(np.prod(e.shape)) for e in tensors))
     assert sizes == [4_997_504_848, 4_952_333_128, 1_199_389_232]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_config_files_round_trip(tool: ModuleType, released: ModelConfig, layout: str, tmp_path: Path) -> None:
-    for name, value in tool._config_files(released, layout).items():
-        tool._write_json(tmp_path / name, value)
+def test_config_files_round_trip(released: ModelConfig, layout: str, tmp_path: Path) -> None:
+    for name, value in config_files(released, layout).items():
+        write_json(tmp_path / name, value)
     assert ModelConfig.from_checkpoint(tmp_path) == released
     assert "_tiny_overrides" not in json.loads((tmp_path / "config.json").read_text())
 
@@ -62,23 +63,23 @@ def test_tokenizer_is_copied(write: Callable[..., Path], tmp_path: Path) -> None
         write("second", tokenizer=tmp_path)
 
 
-def test_existing_directory_is_kept(write: Callable[..., Path], tool: ModuleType) -> None:
+def test_existing_directory_is_kept(write: Callable[..., Path]) -> None:
     before = contents(write())
     with pytest.raises(FileExistsError, match="already exists"):
         write()
-    assert tool.main([str(write("other"))]) == 1
+    assert main([str(write("other"))]) == 1
     assert contents(write("again")) == before
 
 
 def test_interruption_leaves_nothing(
-    write: Callable[..., Path], tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: object, entry: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.RandomValues, "chunks", interrupted)
+    monkeypatch.setattr(RandomValues, "chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write()
     assert not list(tmp_path.iterdir())
-    assert tool.main([str(tmp_path / "checkpoint")]) == 130
+    assert main([str(tmp_path / "checkpoint")]) == 130
     assert not list(tmp_path.iterdir())

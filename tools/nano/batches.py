@@ -1,0 +1,327 @@
+"""Training batches, each a pure function of a seed and its number: any step can be made again, by any worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.models.audio import LEAD
+from phi4mm_jax.processing.images import image_features
+from phi4mm_jax.processing.prompt import ROW_SEPARATOR, ImageFeatures
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from tools.nano.conversations import READ, READ_ONE_OF_TWO, SYSTEM, TRANSCRIBE, Turns, text_conversation
+from tools.nano.marks import IGNORED
+from tools.nano.network import LETTERS, Batch
+from tools.nano.pictures import TILE, Picture, figure_picture, patch_labels, text_picture
+from tools.nano.recordings import Recordings
+from tools.nano.vocabulary import QUESTION_KINDS, WORDS
+
+_LONG = 0.25
+"""Share of short rows trained under the long rope factors, so that both regimes know everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all batches of a stage depend on."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    out: Path
+    """Directory of the run."""
+    steps: int
+    """How many batches the stage takes."""
+    seed: int
+
+
+class Writer:
+    """Turns conversations into padded token rows."""
+
+    def __init__(self, run: Run):
+        self.config, self._tokenizer = run.config, run.tokenizer
+        ids = run.tokenizer.control_ids
+        self._system, self._open, self._close = (ids[f"<|{name}|>"] for name in ("system", "assistant", "end"))
+        self._image, self._audio = (
+            run.tokenizer.token_name(i) for i in (run.config.tokens.image, run.config.tokens.audio)
+        )
+
+    def row(self, turns: Turns, images: int = 0, audios: int = 0, system: str = "") -> np.ndarray:
+        """Token ids of a conversation as the chat template and the media placeholders make them.
+
+        Args:
+          turns: what is asked and answered.
+          images: image tokens at the beginning of the first question.
+          audios: audio tokens that follow.
+          system: system message, if any.
+        """
+        text = f"<|system|>{system}<|end|>" if system else ""
+        media = self._image * images + self._audio * audios
+        for question, answer in turns:
+            text += f"<|user|>{media}{question}<|end|><|assistant|>{answer}<|end|>"
+            media = ""
+        return np.asarray(self._tokenizer.encode(text, allow_special=True), np.int32)
+
+    def batch(self, rows: Sequence[np.ndarray], length: int, rng: Random) -> Batch:
+        """Pads rows to a common length; the answers and the tokens that end them are what is predicted."""
+        tokens = np.full((len(rows), length), self.config.tokens.pad, np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        # Within the k-th answer, k questions and k - 1 answers have ended.
+        opened = np.cumsum(tokens == self._open, axis=1)
+        ended = np.cumsum(tokens == self._close, axis=1) - (tokens == self._close) - (tokens[:, :1] == self._system)
+        targets = (ended == 2 * opened - 1) & (tokens != self._open)
+        limit = self.config.text.original_max_position_embeddings
+        long = np.array([len(row) > limit or rng.random() < _LONG for row in rows])
+        return Batch(tokens=tokens, targets=targets, use_long=long)
+
+
+# --- text ----------------------------------------------------------------------------------------------------
+
+
+class TextBatches:
+    """Conversations about words and numbers, short ones and long ones in batches of their own."""
+
+    _SHORT = {"add": 6, "compare": 2, "count": 3, "reverse": 3}
+
+    def __init__(self, run: Run):
+        self._writer, self._seed = Writer(run), run.seed
+
+    def __call__(self, index: int) -> Batch:
+        """Makes batch `index`."""
+        rng = Random(f"text {self._seed} {index}")
+        if rng.random() < 0.2:
+            tasks, length = ["repeat"] * 32, 96
+        else:
+            tasks, length = rng.choices(tuple(self._SHORT), tuple(self._SHORT.values()), k=64), 40
+        rows = [
+            self._writer.row(text_conversation(rng, task), system=rng.choice(SYSTEM) if rng.random() < 0.1 else "")
+            for task in tasks
+        ]
+        return self._writer.batch(rows, length, rng)
+
+
+# --- speech --------------------------------------------------------------------------------------------------
+
+
+class SpeechBatches:
+    """Recordings of about equal length, to be written down."""
+
+    _FRAMES = (128, 192, 256, 320, 416, 544, 704)
+    _FRAMES_PER_BATCH = 6144
+    _MAX_LETTERS, _MAX_WORDS = 88, 12
+    _TEXT = 24  # tokens of a row that are not audio
+
+    def __init__(self, run: Run):
+        self._writer, self._seed = Writer(run), run.seed
+        self._recordings = Recordings(run.out / "recordings")
+        bucket = np.searchsorted(self._FRAMES, self._recordings.lengths)
+        self._buckets = [np.flatnonzero(bucket == i) for i in range(len(self._FRAMES))]
+
+    def __call__(self, index: int) -> Batch:
+        """Makes batch `index`."""
+        rng = Random(f"speech {self._seed} {index}")
+        sizes = [self._FRAMES_PER_BATCH // frames for frames in self._FRAMES]
+        shares = [len(bucket) / size for bucket, size in zip(self._buckets, sizes, strict=True)]
+        i = rng.choices(range(len(sizes)), shares)[0]
+        chosen = rng.choices(self._buckets[i], k=sizes[i])
+        return self._batch(chosen, self._FRAMES[i], rng)
+
+    def _batch(self, chosen: Sequence[int], frames: int, rng: Random) -> Batch:
+        audio = self._writer.config.audio
+        features, counts = _padded_features(self._recordings, chosen, frames, rng)
+        texts = [self._recordings.texts[i] for i in chosen]
+        rows = [
+            self._writer.row([(rng.choice(TRANSCRIBE), text)], audios=audio.num_tokens(count))
+            for text, count in zip(texts, counts, strict=True)
+        ]
+        letters, words = (
+            _classes(texts, LETTERS, self._MAX_LETTERS),
+            _classes(map(str.split, texts), WORDS, self._MAX_WORDS),
+        )
+        batch = self._writer.batch(rows, frames // audio.time_reduction + self._TEXT, rng)
+        return batch._replace(features=features, frames=counts, letters=letters, words=words)
+
+
+def _padded_features(
+    recordings: Recordings, chosen: Sequence[int], frames: int, rng: Random
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features [B, LEAD + frames, mel] with random bands and moments blanked (SpecAugment), and frames of each [B]."""
+    features = np.zeros((len(chosen), LEAD + frames, len(recordings.mean)), np.float32)
+    counts = np.array([recordings.lengths[i] for i in chosen], np.int32)
+    for row, i, count in zip(features, chosen, counts, strict=True):
+        clip = row[LEAD : LEAD + count]
+        clip[:] = recordings.features(i)
+        for _ in range(2):
+            low, width = rng.randrange(clip.shape[1]), rng.randrange(12)
+            clip[:, low : low + width] = recordings.mean[low : low + width]
+        start, length = rng.randrange(count), rng.randrange(12)
+        clip[start : start + length] = recordings.mean
+    return features, counts
+
+
+def _classes(texts, alphabet: Sequence[str], length: int) -> np.ndarray:
+    """Class numbers from 1 on of each text's members, 0 behind its end: [B, length] int32."""
+    number = {name: i for i, name in enumerate(alphabet, start=1)}
+    rows = [[number[member] for member in text] for text in texts]
+    return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------
+
+
+class VisionBatches:
+    """One or two pictures with a question; they grow harder as the training goes on."""
+
+    # Share of the batches, rows, pictures a row, largest picture in tiles, crops of the whole batch, row length.
+    _KINDS = (
+        (0.60, 24, 1, (1, 1), 48, 64),
+        (0.16, 16, 1, (2, 1), 48, 80),
+        (0.12, 8, 1, (3, 2), 56, 160),
+        (0.12, 12, 2, (1, 1), 48, 112),
+    )
+    _RISE = 0.6  # of the training, until difficulty is at its height
+
+    def __init__(self, run: Run):
+        self._writer, self._run = Writer(run), run
+
+    def __call__(self, index: int) -> Batch:
+        """Makes batch `index`."""
+        rng = Random(f"vision {self._run.seed} {index}")
+        hardest = min(index / (self._RISE * self._run.steps), 1.0)
+        # One kind of picture before all kinds: reading starts on easy print alone.
+        kinds = self._KINDS if hardest > 0.15 else self._KINDS[:1]
+        _, size, pictures, tiles, crops, length = rng.choices(kinds, [kind[0] for kind in kinds])[0]
+        rows, images, labels = [], [], []
+        for _ in range(size):
+            asked = self._two(rng, hardest) if pictures == 2 else self._one(rng, hardest, tiles)
+            shown, question, answer = asked
+            features = [image_features(picture.image, self._run.config.vision) for picture in shown]
+            rows.append(self._writer.row([(question, answer)], images=sum(f.num_tokens for f in features)))
+            images.append(features)
+            labels += [patch_labels(picture, self._run.config.vision) for picture in shown]
+        batch = self._writer.batch(rows, length, rng)
+        return batch._replace(**image_arrays(self._run.config, batch.tokens, images, labels, crops))
+
+    def _one(self, rng: Random, hardest: float, tiles: tuple[int, int]) -> tuple[list[Picture], str, str]:
+        picture = random_picture(rng, hardest, tiles)
+        kind = "text" if picture.text else rng.choice(("colour", "shape", "both"))
+        return [picture], rng.choice(READ[kind]), answer_about(picture, kind)
+
+    def _two(self, rng: Random, hardest: float) -> tuple[list[Picture], str, str]:
+        shown = [random_picture(rng, hardest, (1, 1)) for _ in range(2)]
+        both = [answer_about(picture, "text" if picture.text else "both") for picture in shown]
+        kind = rng.choice(tuple(READ_ONE_OF_TWO))
+        answer = {"first": both[0], "second": both[1], "each": " and ".join(both)}[kind]
+        return shown, rng.choice(READ_ONE_OF_TWO[kind]), answer
+
+
+def random_picture(rng: Random, hardest: float, tiles: tuple[int, int], fonts: Sequence[str] | None = None) -> Picture:
+    """Draws a picture of print or of a figure.
+
+    Args:
+      rng: the source of all chance.
+      hardest: bound of the difficulty, from 0 to 1.
+      tiles: most tiles across and down.
+      fonts: see `text_picture`.
+    """
+    largest = tuple(TILE * n for n in tiles)
+    while True:
+        difficulty = rng.random() * hardest
+        if rng.random() < 0.25:
+            return figure_picture(rng, difficulty, largest)
+        count = 2 if rng.random() < 0.4 * min(4 * hardest, 1) else 1
+        picture = text_picture(rng, [random_print(rng) for _ in range(count)], difficulty, largest, fonts)
+        if all(n <= most for n, most in zip(picture.image.size, largest, strict=True)):
+            return picture
+
+
+def random_print(rng: Random) -> str:
+    """Draws a word of the vocabulary or a number from 0 to 999."""
+    return str(rng.randrange(10 ** rng.randint(1, 3))) if rng.random() < 0.3 else rng.choice(WORDS)
+
+
+def answer_about(picture: Picture, kind: str) -> str:
+    """What a picture shows: its "text", or its figure's "colour", "shape" or "both"."""
+    if kind == "text":
+        return picture.text
+    colour, shape = picture.figure
+    return {"colour": colour, "shape": shape, "both": f"{colour} {shape}"}[kind]
+
+
+def image_arrays(
+    config: ModelConfig,
+    tokens: np.ndarray,  # [B, T]
+    images: Sequence[Sequence[ImageFeatures]],
+    labels: Sequence[np.ndarray],
+    num_crops: int,
+) -> dict[str, np.ndarray]:
+    """The image fields of a batch: crops of all rows in a line, padded to `num_crops` with crops of nothing."""
+    vision = config.vision
+    flat = [image for row in images for image in row]
+
+    def padded(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
+        whole = np.concatenate(arrays)
+        return np.pad(whole, [(0, num_crops - len(whole))] + [(0, 0)] * (whole.ndim - 1), constant_values=fill)
+
+    index = np.full(tokens.shape, -1, np.int32)
+    crop = 0
+    for row, is_image, pictures in zip(index, tokens == config.tokens.image, images, strict=True):
+        parts = []
+        for picture in pictures:
+            separator = num_crops * vision.tokens_per_crop + (picture.layout != ROW_SEPARATOR)
+            parts.append(np.where(picture.layout < 0, separator, crop * vision.tokens_per_crop + picture.layout))
+            crop += len(picture.crops)
+        row[is_image] = np.concatenate(parts)
+    return {
+        "crops": padded([image.crops for image in flat], 0.0),
+        "mask": padded([image.mask.reshape(len(image.mask), -1) for image in flat], True),
+        "positions": padded([image.position_ids for image in flat], 0),
+        "labels": padded(labels, IGNORED),
+        "image_index": index,
+    }
+
+
+# --- spoken questions ----------------------------------------------------------------------------------------
+
+
+class SpokenBatches:
+    """Pictures and questions asked aloud; every third batch asks in writing, so that this is not forgotten."""
+
+    _ROWS, _FRAMES = 16, 416
+
+    def __init__(self, run: Run):
+        self._writer, self._run = Writer(run), run
+        self._written = VisionBatches(dataclasses.replace(run, steps=1))  # at the height of difficulty from the start
+        self._recordings = Recordings(run.out / "recordings")
+        short = self._recordings.lengths <= self._FRAMES
+        self._asking = {
+            kind: [i for i, k in enumerate(self._recordings.kinds) if k == kind and short[i]] for kind in QUESTION_KINDS
+        }
+
+    def __call__(self, index: int) -> Batch:
+        """Makes batch `index`."""
+        if index % 3 == 2:
+            return self._written(index)
+        rng = Random(f"spoken {self._run.seed} {index}")
+        pictures = [random_picture(rng, 1.0, (1, 1)) for _ in range(self._ROWS)]
+        kinds = ["text" if picture.text else rng.choice(("colour", "shape")) for picture in pictures]
+        features, counts = _padded_features(
+            self._recordings, [rng.choice(self._asking[kind]) for kind in kinds], self._FRAMES, rng
+        )
+        images = [[image_features(picture.image, self._run.config.vision)] for picture in pictures]
+        rows = [
+            self._writer.row(
+                [("", answer_about(picture, kind))],
+                images=image[0].num_tokens,
+                audios=self._run.config.audio.num_tokens(count),
+            )
+            for picture, kind, image, count in zip(pictures, kinds, images, counts, strict=True)
+        ]
+        batch = self._writer.batch(rows, 112, rng)
+        labels = [patch_labels(picture, self._run.config.vision) for picture in pictures]
+        arrays = image_arrays(self._run.config, batch.tokens, images, labels, 2 * self._ROWS)
+        return batch._replace(features=features, frames=counts, **arrays)

@@ -1,0 +1,123 @@
+"""The text tasks of phi4mm-nano: adding, comparing, counting, reversing, and repeating over several turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from tools.nano.vocabulary import WORDS, is_held_out, sentence
+
+Turns = list[tuple[str, str]]
+"""What the user says and what is to be answered, turn by turn."""
+
+SYSTEM = ("You are a helpful assistant.", "Answer briefly.")
+"""System messages that some of the training conversations begin with."""
+
+
+def _add(rng: Random) -> tuple[str, Turns]:
+    a, b = rng.randrange(100), rng.randrange(100)
+    forms = "What is {} plus {}?", "Add {} and {}.", "{} + {} = ?", "How much is {} plus {}?"
+    return f"{a}+{b}", [(rng.choice(forms).format(a, b), str(a + b))]
+
+
+def _compare(rng: Random) -> tuple[str, Turns]:
+    a, b = rng.sample(range(100), 2)
+    form, answer = rng.choice(
+        (
+            ("Which is larger, {} or {}?", str(max(a, b))),
+            ("Which number is smaller, {} or {}?", str(min(a, b))),
+            ("Is {} greater than {}?", "yes" if a > b else "no"),
+            ("Is {} less than {}?", "yes" if a < b else "no"),
+        )
+    )
+    return f"{a}<{b}", [(form.format(a, b), answer)]
+
+
+def _count(rng: Random) -> tuple[str, Turns]:
+    if rng.random() < 0.5:
+        text = sentence(rng, 1, 9)
+        form = rng.choice(("Count the words: {}", "How many words are there: {}"))
+        return text, [(form.format(text), str(len(text.split())))]
+    wanted, *others = rng.sample(WORDS, 4)
+    words = rng.choices((wanted, *others), k=rng.randint(2, 7))
+    form = rng.choice(("Count the word {}: {}", "How many times is the word {} in: {}"))
+    return " ".join(words), [(form.format(wanted, " ".join(words)), str(words.count(wanted)))]
+
+
+def _reverse(rng: Random) -> tuple[str, Turns]:
+    if rng.random() < 0.3:
+        digits = "".join(rng.choices("123456789", k=rng.randint(2, 5)))
+        return digits, [(rng.choice(("Reverse the number {}.", "Write {} backwards.")).format(digits), digits[::-1])]
+    text = sentence(rng, 2, 6)
+    form = rng.choice(("Reverse the words: {}", "Say this backwards: {}"))
+    return text, [(form.format(text), " ".join(reversed(text.split())))]
+
+
+def _repeat(rng: Random) -> tuple[str, Turns]:
+    said = [sentence(rng, 1, 8)]
+    forms = "Repeat after me: {}", "Repeat: {}", "Say: {}"
+    turns = [(rng.choice(forms).format(said[0]), said[0])]
+    while len(turns) < 4 and rng.random() < 0.6:
+        match rng.randrange(3):
+            case 0:
+                turns.append((rng.choice(("Say that again.", "Again, please.")), turns[-1][1]))
+            case 1:
+                turns.append(("What did I say first?", said[0]))
+            case 2:
+                said.append(sentence(rng, 1, 8))
+                turns.append((rng.choice(forms).format(said[-1]), said[-1]))
+    return " ".join(said), turns
+
+
+TASKS: dict[str, Callable[[Random], tuple[str, Turns]]] = {
+    "add": _add,
+    "compare": _compare,
+    "count": _count,
+    "reverse": _reverse,
+    "repeat": _repeat,
+}
+
+
+def text_conversation(rng: Random, task: str, held_out: bool = False) -> Turns:
+    """Draws a conversation of one of `TASKS`; what is to be worked on is either all held out or all for training."""
+    while True:
+        key, turns = TASKS[task](rng)
+        if is_held_out(key) == held_out:
+            return turns
+
+
+TRANSCRIBE = (
+    "Transcribe the audio clip into text.",
+    "Transcribe the audio.",
+    "What is said in the recording?",
+    "Write down what you hear.",
+)
+"""Instructions to write down a recording."""
+
+READ = {
+    "text": (
+        "Read the text in the image.",
+        "What is written in the picture?",
+        "What is written here?",
+        "What does the picture say?",
+    ),
+    "colour": ("What colour is the figure?", "Name the colour of the shape.", "What colour is it?"),
+    "shape": ("What shape is it?", "Name the shape.", "Which figure is in the picture?"),
+    "both": ("Name the colour and the shape.", "Describe the figure.", "What is in the picture?"),
+}
+"""Questions about one picture. "What is in the picture?" is asked of figures alone."""
+
+READ_ONE_OF_TWO = {
+    "first": ("What is in the first picture?", "Describe the first image."),
+    "second": ("What is in the second picture?", "Describe the second image."),
+    "each": ("What is in each picture?", "Describe both images."),
+}
+"""Questions about two pictures; the answer to "each" has both descriptions, joined by " and "."""
+
+
+def prompt_texts() -> list[str]:
+    """Every text that the templates can put in a prompt or an answer, for the tokenizer."""
+    rng = Random(0)
+    drawn = [text for task in TASKS for _ in range(300) for turn in TASKS[task](rng)[1] for text in turn]
+    fixed = [*SYSTEM, *TRANSCRIBE, *(q for qs in (*READ.values(), *READ_ONE_OF_TWO.values()) for q in qs)]
+    return [*fixed, *drawn]
