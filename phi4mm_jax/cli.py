@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from phi4mm_jax.api import Phi4MM
 
 DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
+BUNDLED_MODEL = "nano"
+_MODEL_HELP = f"hub id, directory, or {BUNDLED_MODEL}, which comes with the package (%(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,18 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with the model, with /image and /audio")
     chat.set_defaults(command=_chat)
 
+    demo = commands.add_parser("demo", help="let the small bundled model hear, read and answer; downloads nothing")
+    demo.set_defaults(command=_demo, model=BUNDLED_MODEL, revision=None)
+
     info = commands.add_parser("info", help="show architecture, parameters and memory plan; reads no weights")
-    info.add_argument("model", metavar="M", help="directory, hub id, description (.toml), or phi4mm: the released one")
+    info.add_argument("model", metavar="M", help="directory, hub id, description (.toml); phi4mm and nano are shipped")
     info.set_defaults(command=_info)
 
     for command in (generate, chat):
-        command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="hub id or directory (%(default)s)")
+        command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=_MODEL_HELP)
         command.add_argument("--system", metavar="S", help="system message")
+        _add_sampling(command)
+    for command in (generate, chat, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
-        _add_sampling(command)
     for command in (generate, chat, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    for command in (generate, chat, demo, info):
         command.add_argument("--config", default="auto", metavar="P", help="preset name or TOML file (%(default)s)")
         command.add_argument(
             "--set", action="append", default=[], metavar="K=V", help="change a setting, such as engine.max_batch=8"
@@ -192,6 +199,12 @@ def _prompt(args: argparse.Namespace, may_be_empty: bool) -> str:
 def _chat(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
     TerminalChat(_load(args), args.system, sampling).run()
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from phi4mm_jax.demo import run_demo
+
+    run_demo(_load(args), lambda line: print(line, flush=True))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local directory, or a repository of the Hugging Face Hub whose needed files are fetched."""
+"""Where a checkpoint is: a local directory, in the package, or on the Hugging Face Hub, whence needed files come."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ _SMALL_FILES = (
 )
 
 
+BUNDLED = {"nano": Path(__file__).parents[1] / "assets" / "nano"}
+"""Checkpoints that come with the package."""
+
+
 class HubError(ValueError):
     """A checkpoint can't be found or fetched; the message says what to do about it."""
 
@@ -42,13 +46,13 @@ def resolve(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Returns the directory of a checkpoint, after fetching it if needed.
+    """Returns the directory of a checkpoint, after fetching it if needed. A directory goes before a bundled name.
 
     The adapters' own files (1.6 GB) are fetched only if the shards lack the adapters. HF_HOME, HF_TOKEN, HF_ENDPOINT
     and HF_HUB_OFFLINE work as in any other program.
 
     Args:
-      name_or_directory: an existing directory, used as it is, or a repository such as
+      name_or_directory: an existing directory, used as it is; "nano", the bundled model; or a repository such as
         "microsoft/Phi-4-multimodal-instruct".
       revision: branch, tag or commit; the default is "main".
       token: access token; the default is the one saved by `hf auth login`.
@@ -63,6 +67,8 @@ def resolve(
     if directory.is_dir():
         return directory
     name = str(name_or_directory)
+    if name in BUNDLED:
+        return BUNDLED[name]
     if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise HubError(f"{name}: no such directory; expected a checkpoint directory or a repository 'owner/name'")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from tools.nano.speech import VOICES, record
 from tqdm import tqdm
 
 from phi4mm_jax.config import AudioConfig
 from phi4mm_jax.processing.audio import audio_features
+from tools.nano.speech import VOICES, record
 from tools.nano.vocabulary import QUESTION_KINDS, is_held_out, question, sentence
 
 NUM_SENTENCES, NUM_QUESTIONS = 30_000, 4_000

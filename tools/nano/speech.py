@@ -69,7 +69,7 @@ def synthesize(text: str, voice: Voice, words_per_minute: int, pitch: int) -> tu
       text: English words.
       voice: who speaks.
       words_per_minute: nominal rate as espeak counts it, from 80; short words come faster.
-      pitch: from 0 to 99; 50 is the voice's own and each 50 more or less about an octave.
+      pitch: from 0 to 99; 50 is the voice's own, and 0 up to an octave lower. The rms of flite keeps its own.
 
     Returns:
       [samples] float32 from -1 to 1, and their rate in Hz.
@@ -79,6 +79,7 @@ def synthesize(text: str, voice: Voice, words_per_minute: int, pitch: int) -> tu
     """
     speak = {"espeak": _espeak, "flite": _flite}[voice.engine]
     with _LOCK:
+        _LIBC.srand(1)  # both make breath and other noise of rand()
         samples, rate = speak(text.encode(), voice, words_per_minute, pitch)
     return np.frombuffer(samples, np.int16).astype(np.float32) / 2**15, rate
 
@@ -132,6 +133,7 @@ def _noise(count: int, rate: int, rng: np.random.Generator) -> np.ndarray:
 
 
 _LOCK = threading.Lock()  # neither library can be used by two threads
+_LIBC = ctypes.CDLL(None)
 
 
 def _load(name: str) -> ctypes.CDLL:
@@ -166,7 +168,7 @@ def _espeak(text: bytes, voice: Voice, words_per_minute: int, pitch: int) -> tup
 
     # The wobble of the pitch and the filters go on from one utterance to the next in static variables, which no call
     # resets. Loading the library anew does, in a millisecond.
-    library, libc = _load("libespeak-ng.so.1"), ctypes.CDLL(None)
+    library = _load("libespeak-ng.so.1")
     library.espeak_GetCurrentVoice.restype = ctypes.POINTER(_EspeakVoice)
     try:
         rate = library.espeak_Initialize(_SYNCHRONOUS, _BUFFER_MS, None, 0)
@@ -178,13 +180,12 @@ def _espeak(text: bytes, voice: Voice, words_per_minute: int, pitch: int) -> tup
         library.espeak_SetSynthCallback(collect)
         library.espeak_SetParameter(_RATE, words_per_minute, 0)
         library.espeak_SetParameter(_PITCH, pitch, 0)
-        libc.srand(1)  # breath is noise of rand()
         size = ctypes.c_size_t(len(text) + 1)
         if library.espeak_Synth(text, size, 0, _CHARACTERS, 0, _UTF8, None, None):
             raise RuntimeError(f"{voice} cannot say {text!r}")
     finally:
         library.espeak_Terminate()
-        libc.dlclose(ctypes.c_void_p(library._handle))
+        _LIBC.dlclose(ctypes.c_void_p(library._handle))
     return b"".join(parts), rate
 
 

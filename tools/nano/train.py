@@ -73,12 +73,12 @@ _SPEECH = ("audio.speech_projector", "*speech_a", "*speech_b")
 _VISION = ("vision.projector", "vision.row_separator", "vision.view_separator", "*vision_a", "*vision_b")
 STAGES = {
     "text": Stage(trained=("text.",), batches=TextBatches, steps=8000, learning_rate=2e-3),
-    "hearing": Stage(trained=_EAR, batches=SpeechBatches, steps=6000, learning_rate=1.5e-3, answers=False, hears=True),
-    "seeing": Stage(trained=_EYE, batches=VisionBatches, steps=6000, learning_rate=1.5e-3, answers=False),
+    "hearing": Stage(trained=_EAR, batches=SpeechBatches, steps=4000, learning_rate=1.5e-3, answers=False, hears=True),
+    "seeing": Stage(trained=_EYE, batches=VisionBatches, steps=5000, learning_rate=1.5e-3, answers=False),
     "speech": Stage(
         trained=_EAR + _SPEECH,
         batches=SpeechBatches,
-        steps=5000,
+        steps=3500,
         learning_rate=1e-3,
         adapter="speech",
         hears=True,
@@ -87,7 +87,7 @@ STAGES = {
     "vision": Stage(
         trained=_EYE + _VISION,
         batches=VisionBatches,
-        steps=6000,
+        steps=4000,
         learning_rate=1e-3,
         adapter="vision",
         after=("text", "seeing"),
@@ -95,7 +95,7 @@ STAGES = {
     "spoken": Stage(
         trained=("audio.vision_projector", *_VISION),
         batches=SpokenBatches,
-        steps=1500,
+        steps=1200,
         learning_rate=5e-4,
         adapter="vision",
         hears=True,

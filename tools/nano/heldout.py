@@ -1,0 +1,160 @@
+"""The held-out evaluation: no sentence, no sum, no picture and, where that is said, no voice of training.
+
+A test set is a list of `Item`s, each a conversation without its last answer. Everything is drawn from seeds of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from tools.nano.batches import answer_about, random_picture, random_print
+from tools.nano.conversations import READ, READ_ONE_OF_TWO, TASKS, TRANSCRIBE, text_conversation
+from tools.nano.fonts import fonts
+from tools.nano.pictures import LARGEST, TILE, Picture, figure_picture, text_picture
+from tools.nano.speech import NEW_VOICES, VOICES, Voice, record
+from tools.nano.vocabulary import is_held_out, question, sentence
+
+_HARD = 1.0
+_PLAIN = 0.25  # difficulty at which most print is plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question and its right answer."""
+
+    messages: list[dict[str, Any]]
+    expected: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """One line of the results."""
+
+    name: str
+    draw: Callable[[Random], Item]
+    goal: float | None = None
+    """Share of right answers, or at most this word error rate, that is aimed at."""
+    words: bool = False
+    """Scored by word error rate instead of whole answers."""
+
+
+def _ask(text: str, pictures: Sequence[Picture] = (), clips: Sequence[tuple[np.ndarray, int]] = ()) -> dict[str, Any]:
+    parts = [{"type": "image", "image": picture.image} for picture in pictures]
+    parts += [{"type": "audio", "audio": clip} for clip in clips]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def _held_out(rng: Random, draw: Callable[[Random], str]) -> str:
+    while not is_held_out(text := draw(rng)):
+        pass
+    return text
+
+
+def _clip(rng: Random, text: str, voices: Sequence[Voice]) -> tuple[np.ndarray, int]:
+    return record(text, np.random.default_rng(rng.getrandbits(64)), voices)
+
+
+# --- text ----------------------------------------------------------------------------------------------------
+
+
+def _text(task: str) -> Callable[[Random], Item]:
+    def draw(rng: Random) -> Item:
+        *before, (asked, expected) = text_conversation(rng, task, held_out=True)
+        messages = [
+            {"role": role, "content": text}
+            for turn in before
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return Item([*messages, {"role": "user", "content": asked}], expected)
+
+    return draw
+
+
+# --- speech --------------------------------------------------------------------------------------------------
+
+
+def _speech(voices: Sequence[Voice]) -> Callable[[Random], Item]:
+    def draw(rng: Random) -> Item:
+        text = _held_out(rng, lambda rng: sentence(rng, 3, 8))
+        return Item([_ask(rng.choice(TRANSCRIBE), clips=[_clip(rng, text, voices)])], text)
+
+    return draw
+
+
+# --- pictures ------------------------------------------------------------------------------------------------
+
+
+def _print(
+    count: int, difficulty: float, accept: Callable[[Picture], bool], **options: Any
+) -> Callable[[Random], Item]:
+    def draw(rng: Random) -> Item:
+        while True:
+            texts = [random_print(rng) for _ in range(count)]
+            picture = text_picture(rng, texts, rng.random() * difficulty, **options)
+            if accept(picture):
+                return Item([_ask(rng.choice(READ["text"]), [picture])], picture.text)
+
+    return draw
+
+
+def _figure(rng: Random) -> Item:
+    picture = figure_picture(rng, rng.random() * _HARD, rng.choice(((TILE, TILE), LARGEST)))
+    return Item([_ask(rng.choice(READ["both"]), [picture])], answer_about(picture, "both"))
+
+
+def _two_pictures(rng: Random) -> Item:
+    pictures = [random_picture(rng, _HARD, (1, 1)) for _ in range(2)]
+    both = [answer_about(picture, "text" if picture.text else "both") for picture in pictures]
+    kind = rng.choice(tuple(READ_ONE_OF_TWO))
+    expected = {"first": both[0], "second": both[1], "each": " and ".join(both)}[kind]
+    return Item([_ask(rng.choice(READ_ONE_OF_TWO[kind]), pictures)], expected)
+
+
+def _spoken(voices: Sequence[Voice]) -> Callable[[Random], Item]:
+    def draw(rng: Random) -> Item:
+        picture = random_picture(rng, _PLAIN, (1, 1))
+        kind = "text" if picture.text else rng.choice(("colour", "shape"))
+        text = _held_out(rng, lambda rng: question(rng, kind))
+        return Item([_ask("", [picture], [_clip(rng, text, voices)])], answer_about(picture, kind))
+
+    return draw
+
+
+def _is_large(picture: Picture) -> bool:
+    return picture.large_print
+
+
+def _is_plain(picture: Picture) -> bool:
+    return picture.plain
+
+
+def _is_small(picture: Picture) -> bool:
+    return not picture.large_print
+
+
+TESTS = (
+    *(Test(f"text: {task}", _text(task), 0.95) for task in TASKS),
+    Test("speech: known voices", _speech(VOICES), 0.05, words=True),
+    Test("speech: new voices", _speech(NEW_VOICES), 0.15, words=True),
+    Test("reading: one word or number, large print", _print(1, _HARD, _is_large, largest=(TILE, TILE)), 0.95),
+    Test("reading: two, plain background", _print(2, _HARD, _is_plain, largest=(TILE, TILE)), 0.90),
+    Test("reading: one, small print", _print(1, _HARD, _is_small, largest=(TILE, TILE))),
+    Test("reading: one or two, any layout up to 3 x 2 tiles", _print(2, _HARD, lambda picture: True)),
+    Test("reading: one, large print, new fonts", _print(1, _HARD, _is_large, largest=(TILE, TILE), fonts=fonts(True))),
+    Test("figure: colour and shape", _figure, 0.98),
+    Test("two pictures", _two_pictures),
+    Test("spoken question about a picture", _spoken(VOICES), 0.90),
+    Test("spoken question, new voices", _spoken(NEW_VOICES)),
+)
+"""All of them, each with the goal that it was built for."""
+
+
+def items(test: Test, count: int, seed: int = 0) -> list[Item]:
+    """Draws a test set."""
+    rng = Random(f"held out {test.name} {seed}")
+    return [test.draw(rng) for _ in range(count)]
