@@ -26,6 +26,8 @@ class Case:
     """Its pictures."""
     audios: tuple[Path, ...] = ()
     """Its recordings, which follow the pictures."""
+    before: tuple[dict[str, Any], ...] = ()
+    """Messages that come before the prompt."""
     expected: str
     """The right answer."""
 
@@ -34,14 +36,14 @@ class Case:
         """The prompt as messages."""
         parts = [{"type": "image", "image": path} for path in self.images]
         parts += [{"type": "audio", "audio": path} for path in self.audios]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
+        return [*self.before, {"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
 
 
-def demo_cases() -> list[Case]:
-    """The bundled cases."""
-    cases = json.loads((_DIRECTORY / "cases.json").read_text(encoding="utf-8"))
+def read_cases(directory: Path = _DIRECTORY) -> list[Case]:
+    """The cases in a directory, as tools/nano/cases.py writes them; the bundled ones by default."""
+    cases = json.loads((directory / "cases.json").read_text(encoding="utf-8"))
     for case in cases:
-        case |= {kind: tuple(_DIRECTORY / name for name in case.get(kind, ())) for kind in ("images", "audios")}
+        case |= {kind: tuple(directory / name for name in case.get(kind, ())) for kind in ("images", "audios")}
     return [Case(**case) for case in cases]
 
 
@@ -55,7 +57,7 @@ def run_demo(model: Phi4MM, say: Callable[[str], None] = print) -> bool:
     Returns:
       Whether all answers were as expected.
     """
-    cases = demo_cases()
+    cases = read_cases()
     right = True
     for case in cases:
         model.generate(case.conversation)  # compiles, which would spoil the speed

@@ -73,7 +73,7 @@ class Writer:
         # Within the k-th answer, k questions and k - 1 answers have ended.
         opened = np.cumsum(tokens == self._open, axis=1)
         ended = np.cumsum(tokens == self._close, axis=1) - (tokens == self._close) - (tokens[:, :1] == self._system)
-        targets = (ended == 2 * opened - 1) & (tokens != self._open)
+        targets = (opened > 0) & (ended == 2 * opened - 1) & (tokens != self._open)
         limit = self.config.text.original_max_position_embeddings
         long = np.array([len(row) > limit or rng.random() < _LONG for row in rows])
         return Batch(tokens=tokens, targets=targets, use_long=long)
@@ -108,24 +108,29 @@ class TextBatches:
 
 
 class SpeechBatches:
-    """Recordings of about equal length, to be written down."""
+    """Recordings of about equal length, to be written down; at first only short ones, or CTC would never start."""
 
     _FRAMES = (128, 192, 256, 320, 416, 544, 704)
     _FRAMES_PER_BATCH = 6144
+    _SHORT, _SHORT_SHARE = 192, 0.25  # frames of the recordings in the first part of the training
     _MAX_LETTERS, _MAX_WORDS = 88, 12
     _TEXT = 24  # tokens of a row that are not audio
 
     def __init__(self, run: Run):
-        self._writer, self._seed = Writer(run), run.seed
+        self._writer, self._run = Writer(run), run
         self._recordings = Recordings(run.out / "recordings")
         bucket = np.searchsorted(self._FRAMES, self._recordings.lengths)
         self._buckets = [np.flatnonzero(bucket == i) for i in range(len(self._FRAMES))]
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"speech {self._seed} {index}")
+        rng = Random(f"speech {self._run.seed} {index}")
+        longest = self._SHORT if index < self._SHORT_SHARE * self._run.steps else self._FRAMES[-1]
         sizes = [self._FRAMES_PER_BATCH // frames for frames in self._FRAMES]
-        shares = [len(bucket) / size for bucket, size in zip(self._buckets, sizes, strict=True)]
+        shares = [
+            len(bucket) / size if frames <= longest else 0.0
+            for bucket, size, frames in zip(self._buckets, sizes, self._FRAMES, strict=True)
+        ]
         i = rng.choices(range(len(sizes)), shares)[0]
         chosen = rng.choices(self._buckets[i], k=sizes[i])
         return self._batch(chosen, self._FRAMES[i], rng)

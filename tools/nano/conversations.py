@@ -14,13 +14,13 @@ SYSTEM = ("You are a helpful assistant.", "Answer briefly.")
 """System messages that some of the training conversations begin with."""
 
 
-def _add(rng: Random) -> tuple[str, Turns]:
+def _add(rng: Random) -> tuple[list[str], Turns]:
     a, b = rng.randrange(100), rng.randrange(100)
     forms = "What is {} plus {}?", "Add {} and {}.", "{} + {} = ?", "How much is {} plus {}?"
-    return f"{a}+{b}", [(rng.choice(forms).format(a, b), str(a + b))]
+    return [f"{a}+{b}"], [(rng.choice(forms).format(a, b), str(a + b))]
 
 
-def _compare(rng: Random) -> tuple[str, Turns]:
+def _compare(rng: Random) -> tuple[list[str], Turns]:
     a, b = rng.sample(range(100), 2)
     form, answer = rng.choice(
         (
@@ -30,30 +30,30 @@ def _compare(rng: Random) -> tuple[str, Turns]:
             ("Is {} less than {}?", "yes" if a < b else "no"),
         )
     )
-    return f"{a}<{b}", [(form.format(a, b), answer)]
+    return [f"{a}<{b}"], [(form.format(a, b), answer)]
 
 
-def _count(rng: Random) -> tuple[str, Turns]:
+def _count(rng: Random) -> tuple[list[str], Turns]:
     if rng.random() < 0.5:
         text = sentence(rng, 1, 9)
         form = rng.choice(("Count the words: {}", "How many words are there: {}"))
-        return text, [(form.format(text), str(len(text.split())))]
+        return [text], [(form.format(text), str(len(text.split())))]
     wanted, *others = rng.sample(WORDS, 4)
     words = rng.choices((wanted, *others), k=rng.randint(2, 7))
     form = rng.choice(("Count the word {}: {}", "How many times is the word {} in: {}"))
-    return " ".join(words), [(form.format(wanted, " ".join(words)), str(words.count(wanted)))]
+    return [" ".join(words)], [(form.format(wanted, " ".join(words)), str(words.count(wanted)))]
 
 
-def _reverse(rng: Random) -> tuple[str, Turns]:
+def _reverse(rng: Random) -> tuple[list[str], Turns]:
     if rng.random() < 0.3:
         digits = "".join(rng.choices("123456789", k=rng.randint(2, 5)))
-        return digits, [(rng.choice(("Reverse the number {}.", "Write {} backwards.")).format(digits), digits[::-1])]
+        return [digits], [(rng.choice(("Reverse the number {}.", "Write {} backwards.")).format(digits), digits[::-1])]
     text = sentence(rng, 2, 6)
     form = rng.choice(("Reverse the words: {}", "Say this backwards: {}"))
-    return text, [(form.format(text), " ".join(reversed(text.split())))]
+    return [text], [(form.format(text), " ".join(reversed(text.split())))]
 
 
-def _repeat(rng: Random) -> tuple[str, Turns]:
+def _repeat(rng: Random) -> tuple[list[str], Turns]:
     said = [sentence(rng, 1, 8)]
     forms = "Repeat after me: {}", "Repeat: {}", "Say: {}"
     turns = [(rng.choice(forms).format(said[0]), said[0])]
@@ -66,23 +66,24 @@ def _repeat(rng: Random) -> tuple[str, Turns]:
             case 2:
                 said.append(sentence(rng, 1, 8))
                 turns.append((rng.choice(forms).format(said[-1]), said[-1]))
-    return " ".join(said), turns
+    return said, turns
 
 
-TASKS: dict[str, Callable[[Random], tuple[str, Turns]]] = {
+TASKS: dict[str, Callable[[Random], tuple[list[str], Turns]]] = {
     "add": _add,
     "compare": _compare,
     "count": _count,
     "reverse": _reverse,
     "repeat": _repeat,
 }
+"""Each draws what is to be worked on, one or several texts, and the conversation about it."""
 
 
 def text_conversation(rng: Random, task: str, held_out: bool = False) -> Turns:
     """Draws a conversation of one of `TASKS`; what is to be worked on is either all held out or all for training."""
     while True:
-        key, turns = TASKS[task](rng)
-        if is_held_out(key) == held_out:
+        texts, turns = TASKS[task](rng)
+        if all(is_held_out(text) == held_out for text in texts):
             return turns
 
 

@@ -43,7 +43,8 @@ class Test:
     """Scored by word error rate instead of whole answers."""
 
 
-def _ask(text: str, pictures: Sequence[Picture] = (), clips: Sequence[tuple[np.ndarray, int]] = ()) -> dict[str, Any]:
+def ask(text: str, pictures: Sequence[Picture] = (), clips: Sequence[tuple[np.ndarray, int]] = ()) -> dict[str, Any]:
+    """A user's message: pictures, recordings, then text."""
     parts = [{"type": "image", "image": picture.image} for picture in pictures]
     parts += [{"type": "audio", "audio": clip} for clip in clips]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -55,7 +56,8 @@ def _held_out(rng: Random, draw: Callable[[Random], str]) -> str:
     return text
 
 
-def _clip(rng: Random, text: str, voices: Sequence[Voice]) -> tuple[np.ndarray, int]:
+def clip_of(rng: Random, text: str, voices: Sequence[Voice]) -> tuple[np.ndarray, int]:
+    """A recording of a text by one of the voices: samples and rate."""
     return record(text, np.random.default_rng(rng.getrandbits(64)), voices)
 
 
@@ -70,7 +72,7 @@ def _text(task: str) -> Callable[[Random], Item]:
             for turn in before
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        return Item([*messages, {"role": "user", "content": asked}], expected)
+        return Item([*messages, ask(asked)], expected)
 
     return draw
 
@@ -81,7 +83,7 @@ def _text(task: str) -> Callable[[Random], Item]:
 def _speech(voices: Sequence[Voice]) -> Callable[[Random], Item]:
     def draw(rng: Random) -> Item:
         text = _held_out(rng, lambda rng: sentence(rng, 3, 8))
-        return Item([_ask(rng.choice(TRANSCRIBE), clips=[_clip(rng, text, voices)])], text)
+        return Item([ask(rng.choice(TRANSCRIBE), clips=[clip_of(rng, text, voices)])], text)
 
     return draw
 
@@ -97,14 +99,14 @@ def _print(
             texts = [random_print(rng) for _ in range(count)]
             picture = text_picture(rng, texts, rng.random() * difficulty, **options)
             if accept(picture):
-                return Item([_ask(rng.choice(READ["text"]), [picture])], picture.text)
+                return Item([ask(rng.choice(READ["text"]), [picture])], picture.text)
 
     return draw
 
 
 def _figure(rng: Random) -> Item:
     picture = figure_picture(rng, rng.random() * _HARD, rng.choice(((TILE, TILE), LARGEST)))
-    return Item([_ask(rng.choice(READ["both"]), [picture])], answer_about(picture, "both"))
+    return Item([ask(rng.choice(READ["both"]), [picture])], answer_about(picture, "both"))
 
 
 def _two_pictures(rng: Random) -> Item:
@@ -112,7 +114,7 @@ def _two_pictures(rng: Random) -> Item:
     both = [answer_about(picture, "text" if picture.text else "both") for picture in pictures]
     kind = rng.choice(tuple(READ_ONE_OF_TWO))
     expected = {"first": both[0], "second": both[1], "each": " and ".join(both)}[kind]
-    return Item([_ask(rng.choice(READ_ONE_OF_TWO[kind]), pictures)], expected)
+    return Item([ask(rng.choice(READ_ONE_OF_TWO[kind]), pictures)], expected)
 
 
 def _spoken(voices: Sequence[Voice]) -> Callable[[Random], Item]:
@@ -120,7 +122,7 @@ def _spoken(voices: Sequence[Voice]) -> Callable[[Random], Item]:
         picture = random_picture(rng, _PLAIN, (1, 1))
         kind = "text" if picture.text else rng.choice(("colour", "shape"))
         text = _held_out(rng, lambda rng: question(rng, kind))
-        return Item([_ask("", [picture], [_clip(rng, text, voices)])], answer_about(picture, kind))
+        return Item([ask("", [picture], [clip_of(rng, text, voices)])], answer_about(picture, kind))
 
     return draw
 

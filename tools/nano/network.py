@@ -101,33 +101,43 @@ class Network:
         with prefer("xla"):  # the backends of single processors have no gradients
             return self._loss(leaves, batch, adapter, answers)
 
+    def logits(self, leaves: Leaves, batch: Batch, adapter: str | None) -> jax.Array:
+        """Logits of every position of a batch: [B, T, V]."""
+        with prefer("xla"):
+            model = self._module(leaves)
+            patches, heard = self._see(model, batch), self._hear(model, batch)
+            return self._answer(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
+
     def _loss(
         self, leaves: Leaves, batch: Batch, adapter: str | None, answers: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = self._module(leaves)
         losses: dict[str, jax.Array] = {}
-        patches = heard = None
-        if batch.crops is not None:
-            patches = model.vision.features(batch.crops, batch.mask, batch.positions)
+        patches, heard = self._see(model, batch), self._hear(model, batch)
+        if patches is not None:
             losses["patches"] = _patch_loss(_head(leaves, "patches", patches), batch.labels)
-        if batch.features is not None:
-            heard = self._hear(model, batch)
-            if batch.letters is not None:
-                counts = self._num_tokens(batch)
-                spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)
-                losses["letters"] = _ctc_loss(spelled, counts * CTC_STEPS, batch.letters)
-                losses["words"] = _ctc_loss(_head(leaves, "words", heard), counts, batch.words)
+        if batch.letters is not None:
+            counts = self._num_tokens(batch)
+            spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)
+            losses["letters"] = _ctc_loss(spelled, counts * CTC_STEPS, batch.letters)
+            losses["words"] = _ctc_loss(_head(leaves, "words", heard), counts, batch.words)
         metrics = {}
         if answers:
-            logits = self._logits(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
+            logits = self._answer(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
             losses["answer"], metrics = _answer_loss(logits[:, :-1], batch.tokens[:, 1:], batch.targets[:, 1:])
         return sum(_WEIGHTS[name] * loss for name, loss in losses.items()), losses | metrics
 
     def _num_tokens(self, batch: Batch) -> jax.Array:
         return -(-batch.frames // self.config.audio.time_reduction)
 
-    def _hear(self, model: Phi4MMModel, batch: Batch) -> jax.Array:
+    def _see(self, model: Phi4MMModel, batch: Batch) -> jax.Array | None:
+        """The image tower's features of each patch: [C, P, vision width]."""
+        return None if batch.crops is None else model.vision.features(batch.crops, batch.mask, batch.positions)
+
+    def _hear(self, model: Phi4MMModel, batch: Batch) -> jax.Array | None:
         """Conformer output of each recording: [B, L, audio width]."""
+        if batch.features is None:
+            return None
         begins = jnp.zeros(len(batch.frames), bool)  # no frames before the first
         return model.audio.encode(batch.features, begins, batch.frames, self._num_tokens(batch))
 
@@ -144,7 +154,7 @@ class Network:
             x = jnp.where(is_audio[..., None], jnp.take_along_axis(project(heard), order[..., None], axis=1), x)
         return x
 
-    def _logits(self, model: Phi4MMModel, x: jax.Array, use_long: jax.Array, adapter: str | None) -> jax.Array:
+    def _answer(self, model: Phi4MMModel, x: jax.Array, use_long: jax.Array, adapter: str | None) -> jax.Array:
         rows, length, _ = x.shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         adapters = {adapter: jnp.ones(rows, bool)} if adapter else {}
@@ -163,11 +173,9 @@ def _head(leaves: Leaves, name: str, x: jax.Array) -> jax.Array:
 
 
 def _answer_loss(logits: jax.Array, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    count = targets.sum()
-    loss = (optax.softmax_cross_entropy_with_integer_labels(logits, tokens) * targets).sum() / count
-    right = (logits.argmax(-1) == tokens) | ~targets
-    real = targets.any(axis=1)
-    return loss, {"exact": (right.all(axis=1) & real).sum() / real.sum()}
+    loss = _mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens), targets)
+    right = ((logits.argmax(-1) == tokens) | ~targets).all(axis=1)
+    return loss, {"exact": _mean(right.astype(jnp.float32), targets.any(axis=1))}
 
 
 def _patch_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -177,10 +185,14 @@ def _patch_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (loss * weight).sum() / weight.sum()
 
 
+def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """Mean of the values that count; 0 if none does."""
+    return jnp.where(counted, values, 0.0).sum() / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+
 def _ctc_loss(logits: jax.Array, lengths: jax.Array, labels: jax.Array) -> jax.Array:
     steps = jnp.arange(logits.shape[1])[None, :]
     padding = (steps >= lengths[:, None]).astype(jnp.float32)
     loss = optax.ctc_loss(logits, padding, labels, (labels == 0).astype(jnp.float32))
-    loss = loss / jnp.maximum((labels > 0).sum(axis=1), 1)
-    usable = loss < _LOST
-    return jnp.where(usable, loss, 0.0).sum() / jnp.maximum(usable.sum(), 1)
+    loss = loss / jnp.maximum((labels > 0).sum(axis=1), 1).astype(jnp.float32)
+    return _mean(loss, loss < _LOST)

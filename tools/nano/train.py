@@ -73,7 +73,7 @@ _SPEECH = ("audio.speech_projector", "*speech_a", "*speech_b")
 _VISION = ("vision.projector", "vision.row_separator", "vision.view_separator", "*vision_a", "*vision_b")
 STAGES = {
     "text": Stage(trained=("text.",), batches=TextBatches, steps=8000, learning_rate=2e-3),
-    "hearing": Stage(trained=_EAR, batches=SpeechBatches, steps=4000, learning_rate=1.5e-3, answers=False, hears=True),
+    "hearing": Stage(trained=_EAR, batches=SpeechBatches, steps=4000, learning_rate=1e-3, answers=False, hears=True),
     "seeing": Stage(trained=_EYE, batches=VisionBatches, steps=5000, learning_rate=1.5e-3, answers=False),
     "speech": Stage(
         trained=_EAR + _SPEECH,
@@ -106,7 +106,8 @@ STAGES = {
 
 def optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
     """AdamW with clipped gradients; vectors are not decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, 200, steps, 0.01 * stage.learning_rate)
+    warm_up = min(200, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warm_up, steps, 0.01 * stage.learning_rate)
     decayed = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02, mask=decayed))
 

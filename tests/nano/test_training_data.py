@@ -1,0 +1,150 @@
+"""What phi4mm-nano is trained on: the very tokens and features that the runtime makes, and nothing that is held out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phi4mm_jax.config import ModelConfig
+from phi4mm_jax.processing.images import image_features
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.weights.hub import BUNDLED
+from tools.nano import conversations, vocabulary
+from tools.nano.batches import Run, TextBatches, Writer, image_arrays
+from tools.nano.marks import IGNORED, LABELS, Picture, patch_labels
+from tools.nano.recordings import text_of
+from tools.nano.tokenizer import tokenizer_files
+
+CONFIG = ModelConfig.load("nano")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(json.dumps(tokenizer_files(CONFIG)["tokenizer.json"]))
+
+
+@pytest.fixture
+def run(tokenizer: Tokenizer, tmp_path: Path) -> Run:
+    return Run(CONFIG, tokenizer, tmp_path, steps=100, seed=3)
+
+
+def answers(messages: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": text}
+        for turn in messages
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def test_every_word_is_one_token_and_any_text_goes_through(tokenizer: Tokenizer) -> None:
+    for word in vocabulary.WORDS:
+        assert [len(tokenizer.encode(form, allow_special=False)) for form in (word, f" {word}")] == [1, 1]
+    odd = "Zebra\u00e9 \u6f22 42 <|end|>"
+    assert tokenizer.decode(tokenizer.encode(odd, allow_special=False)) == odd
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer_is_the_shipped_one(name: str) -> None:
+    assert json.loads((BUNDLED["nano"] / name).read_text()) == tokenizer_files(CONFIG)[name]
+
+
+@pytest.mark.parametrize("task", conversations.TASKS)
+def test_text_rows_are_what_the_runtime_makes(run: Run, task: str) -> None:
+    turns = conversations.text_conversation(Random(5), task)
+    messages = [{"role": "system", "content": "Answer briefly."}, *answers(turns)]
+    prompt = Processor(CONFIG, run.tokenizer).conversation(messages, add_generation_prompt=False)
+    row = Writer(run).row(turns, system="Answer briefly.")
+    np.testing.assert_array_equal(prompt.token_ids, [*row, CONFIG.tokens.pad])
+
+
+def test_media_rows_are_what_the_runtime_makes(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (60, 150, 3), np.uint8))
+    clip = (rng.standard_normal(9000).astype(np.float32) * 0.1, 16_000)
+    parts = [{"type": "image", "image": picture}, {"type": "audio", "audio": clip}, {"type": "text", "text": "Say it."}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "seven"}]
+    prompt = Processor(CONFIG, run.tokenizer).conversation(messages, add_generation_prompt=False)
+    images, audios = prompt.images[0].num_tokens, prompt.audios[0].num_tokens
+    row = Writer(run).row([("Say it.", "seven")], images=images, audios=audios)
+    np.testing.assert_array_equal(prompt.token_ids, [*row, CONFIG.tokens.pad])
+
+
+def test_only_answers_are_targets(run: Run) -> None:
+    turns = [("Say: red cat", "red cat"), ("Say that again.", "red cat"), ("What did I say first?", "red cat")]
+    writer = Writer(run)
+    rows = [writer.row(turns, system="Answer briefly."), writer.row(turns[:1])]
+    batch = writer.batch(rows, 64, Random(0))
+    expected = ["red cat<|end|>" * 3, "red cat<|end|>"]
+    predicted = [
+        run.tokenizer.decode(tokens[targets], skip_special=False)
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+    ]
+    assert predicted == expected
+
+
+def test_batches_depend_on_seed_and_index_alone(run: Run) -> None:
+    first, again = (TextBatches(run)(7) for _ in range(2))
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    other = TextBatches(dataclasses.replace(run, seed=4))(7)
+    assert first.tokens.shape != other.tokens.shape or (first.tokens != other.tokens).any()
+
+
+def test_held_out_texts_are_never_trained_on() -> None:
+    rng = Random(0)
+    for task in conversations.TASKS:
+        trained, held_out = (
+            {turns[0] for turns in (conversations.text_conversation(rng, task, held) for _ in range(300))}
+            for held in (False, True)
+        )
+        assert held_out and not trained & held_out
+    assert not any(vocabulary.is_held_out(text_of(0, i)[1]) for i in (*range(500), *range(30_000, 30_200)))
+
+
+def test_sentences_use_the_vocabulary_alone() -> None:
+    rng = Random(0)
+    said = [vocabulary.sentence(rng, 3, 8) for _ in range(500)]
+    said += [vocabulary.question(rng, kind) for kind in vocabulary.QUESTION_KINDS for _ in range(50)]
+    assert {word for text in said for word in text.split()} <= set(vocabulary.WORDS)
+    assert all(3 <= len(text.split()) <= 8 for text in said[:500])
+    assert [vocabulary.number_in_words(n) for n in (0, 13, 20, 42, 99)] == (
+        ["zero", "thirteen", "twenty", "forty two", "ninety nine"]
+    )
+
+
+def test_patch_labels_follow_the_crops() -> None:
+    side, patch = CONFIG.vision.image_size, CONFIG.vision.patch_size
+    # Two tiles; the mark lies in the second patch row and the third patch column of the right one.
+    box = (side + 2 * patch, patch, side + 3 * patch, 2 * patch)
+    picture = Picture(Image.new("RGB", (2 * side, side - patch)), "a", None, ((LABELS["a"], *box),), 24.0, True)
+    labels = patch_labels(picture, CONFIG.vision)
+    features = image_features(picture.image, CONFIG.vision)
+    assert labels.shape == (3, 64)
+    np.testing.assert_array_equal(labels == IGNORED, ~features.mask.reshape(3, -1))
+    assert np.argwhere(labels[1:] == LABELS["a"]).tolist() == [[1, 8 + 2]]
+    assert np.argwhere(labels[0] == LABELS["a"]).ravel().tolist() == [8 + 5]  # squeezed to half its width
+
+
+def test_image_index_points_into_padded_crops(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    images = [
+        [image_features(Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)), CONFIG.vision) for h, w in sizes]
+        for sizes in (((112, 112),), ((112, 224), (50, 60)))
+    ]
+    writer = Writer(run)
+    rows = [writer.row([("Say it.", "red")], images=sum(i.num_tokens for i in row)) for row in images]
+    batch = writer.batch(rows, 256, Random(0))
+    labels = [np.zeros((len(i.crops), 64), np.int32) for row in images for i in row]
+    arrays = image_arrays(CONFIG, batch.tokens, images, labels, 12)
+    assert arrays["crops"].shape == (12, 3, 112, 112)
+    index = arrays["image_index"]
+    np.testing.assert_array_equal(index >= 0, batch.tokens == CONFIG.tokens.image)
+    # The last picture's global view is crop 5: its first token follows the 80 of the crops before it.
+    view = images[1][1].layout
+    last = index[1][index[1] >= 0][-len(view) :]
+    np.testing.assert_array_equal(last[view >= 0], 80 + view[view >= 0])
+    assert set(last[view < 0]) == {12 * 16, 12 * 16 + 1}
