@@ -88,9 +88,9 @@ def test_only_answers_are_targets(run: Run) -> None:
 
 
 def test_batches_depend_on_seed_and_index_alone(run: Run) -> None:
-    first, again = (TextBatches(run)(7) for _ in range(2))
+    first, again = (TextBatches(run, add=1, reverse=2)(7) for _ in range(2))
     np.testing.assert_array_equal(first.tokens, again.tokens)
-    other = TextBatches(dataclasses.replace(run, seed=4))(7)
+    other = TextBatches(dataclasses.replace(run, seed=4), add=1, reverse=2)(7)
     assert first.tokens.shape != other.tokens.shape or (first.tokens != other.tokens).any()
 
 

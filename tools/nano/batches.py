@@ -85,10 +85,9 @@ class Writer:
 class TextBatches:
     """Conversations about words and numbers, short ones and long ones in batches of their own."""
 
-    _SHORT = {"add": 6, "compare": 2, "count": 3, "reverse": 3}
-
-    def __init__(self, run: Run):
-        self._writer, self._seed = Writer(run), run.seed
+    def __init__(self, run: Run, **shares: int):
+        """Opens the data; `shares` are those of the tasks that fit in a short row."""
+        self._writer, self._seed, self._shares = Writer(run), run.seed, shares
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
@@ -96,7 +95,7 @@ class TextBatches:
         if rng.random() < 0.2:
             tasks, length = ["repeat"] * 32, 96
         else:
-            tasks, length = rng.choices(tuple(self._SHORT), tuple(self._SHORT.values()), k=64), 40
+            tasks, length = rng.choices(tuple(self._shares), tuple(self._shares.values()), k=64), 40
         rows = [
             self._writer.row(text_conversation(rng, task), system=rng.choice(SYSTEM) if rng.random() < 0.1 else "")
             for task in tasks

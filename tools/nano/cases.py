@@ -3,7 +3,7 @@
     python -m tools.nano.cases demo phi4mm_jax/assets/demo
     python -m tools.nano.cases tests tests/nano/heldout
 
-Recordings are FLAC, pictures PNG; cases.json says what belongs together and what is to be answered.
+Recordings are Ogg Vorbis, pictures PNG; cases.json says what belongs together and what is to be answered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.nano.heldout import TESTS, Item, ask, clip_of, items
 from tools.nano.pictures import TILE, figure_picture, text_picture
 from tools.nano.speech import VOICES
 
-_PER_TEST = 6
+_PER_TEST = 5
 
 
 def demo_items() -> Iterable[tuple[str, Item]]:
@@ -62,8 +62,8 @@ def write_cases(out: Path, titled: Iterable[tuple[str, Item]]) -> None:
                     part["image"].save(out / name, optimize=True)
                     case["images"].append(name)
                 case "audio":
-                    name = f"{number:03}.flac"
-                    soundfile.write(out / name, *part["audio"])
+                    name = f"{number:03}.ogg"
+                    soundfile.write(out / name, *part["audio"], format="OGG", subtype="VORBIS")
                     case["audios"] = [name]
         cases.append(case)
     (out / "cases.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from tools.nano.vocabulary import WORDS, is_held_out, sentence
+from tools.nano.vocabulary import is_held_out, sentence
 
 Turns = list[tuple[str, str]]
 """What the user says and what is to be answered, turn by turn."""
@@ -34,14 +34,9 @@ def _compare(rng: Random) -> tuple[list[str], Turns]:
 
 
 def _count(rng: Random) -> tuple[list[str], Turns]:
-    if rng.random() < 0.5:
-        text = sentence(rng, 1, 9)
-        form = rng.choice(("Count the words: {}", "How many words are there: {}"))
-        return [text], [(form.format(text), str(len(text.split())))]
-    wanted, *others = rng.sample(WORDS, 4)
-    words = rng.choices((wanted, *others), k=rng.randint(2, 7))
-    form = rng.choice(("Count the word {}: {}", "How many times is the word {} in: {}"))
-    return [" ".join(words)], [(form.format(wanted, " ".join(words)), str(words.count(wanted)))]
+    text = sentence(rng, 1, 9)
+    form = rng.choice(("Count the words: {}", "How many words are there: {}"))
+    return [text], [(form.format(text), str(len(text.split())))]
 
 
 def _reverse(rng: Random) -> tuple[list[str], Turns]:

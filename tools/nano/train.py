@@ -2,10 +2,10 @@
 
     python -m tools.nano.train OUT [--stage NAME] [--steps N]
 
-text: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell what is
+text, comparing: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell what is
 said (CTC) and name what each patch shows. speech: speech encoder, its projector and the speech LoRA. vision: the same
-for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. The first three depend on
-nothing, so they may run side by side; so may speech and vision.
+for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. text, hearing
+and seeing depend on nothing, so they may run side by side; so may speech and vision.
 
 A run that was stopped goes on from its last checkpoint when it is started again. OUT/STAGE/log.jsonl has the losses and
 OUT/STAGE/loss.png shows them.
@@ -72,7 +72,19 @@ _EYE = ("vision.layers", "vision.patch_embedding", "vision.position_embedding", 
 _SPEECH = ("audio.speech_projector", "*speech_a", "*speech_b")
 _VISION = ("vision.projector", "vision.row_separator", "vision.view_separator", "*vision_a", "*vision_b")
 STAGES = {
-    "text": Stage(trained=("text.",), batches=TextBatches, steps=8000, learning_rate=2e-3),
+    "text": Stage(
+        trained=("text.",),
+        batches=partial(TextBatches, add=6, compare=2, count=3, reverse=3),
+        steps=8000,
+        learning_rate=2e-3,
+    ),
+    "comparing": Stage(  # what is learned last
+        trained=("text.",),
+        batches=partial(TextBatches, add=3, compare=7, count=2, reverse=2),
+        steps=1600,
+        learning_rate=1e-3,
+        after=("text",),
+    ),
     "hearing": Stage(trained=_EAR, batches=SpeechBatches, steps=4000, learning_rate=1e-3, answers=False, hears=True),
     "seeing": Stage(trained=_EYE, batches=VisionBatches, steps=5000, learning_rate=1.5e-3, answers=False),
     "speech": Stage(
@@ -82,7 +94,7 @@ STAGES = {
         learning_rate=1e-3,
         adapter="speech",
         hears=True,
-        after=("text", "hearing"),
+        after=("comparing", "hearing"),
     ),
     "vision": Stage(
         trained=_EYE + _VISION,
@@ -90,7 +102,7 @@ STAGES = {
         steps=4000,
         learning_rate=1e-3,
         adapter="vision",
-        after=("text", "seeing"),
+        after=("comparing", "seeing"),
     ),
     "spoken": Stage(
         trained=("audio.vision_projector", *_VISION),
@@ -99,7 +111,7 @@ STAGES = {
         learning_rate=5e-4,
         adapter="vision",
         hears=True,
-        after=("text", "speech", "vision"),
+        after=("comparing", "speech", "vision"),
     ),
 }
 
