@@ -36,7 +36,7 @@ def test_network_is_that_of_the_runtime(nano: Phi4MM, tmp_path: Path) -> None:
     network = Network(CONFIG)
     names = list(nano.steps.abstract())
     leaves = dict(zip(names, (leaf for tower in nano.weights for leaf in tower), strict=True))
-    run = Run(CONFIG, nano.processor.tokenizer, tmp_path, steps=1, seed=0)
+    run = Run("text", CONFIG, nano.processor.tokenizer, tmp_path, steps=1, seed=0)
     batch = Writer(run).batch([prompt.token_ids], len(prompt.token_ids), Random(0))
     audio, image = prompt.audios[0], prompt.images[0]
     features = np.zeros((1, LEAD + 8 * audio.num_tokens, 80), np.float32)

@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(tokenizer: Tokenizer, tmp_path: Path) -> Run:
-    return Run(CONFIG, tokenizer, tmp_path, steps=100, seed=3)
+    return Run("text", CONFIG, tokenizer, tmp_path, steps=100, seed=3)
 
 
 def answers(messages: list[tuple[str, str]]) -> list[dict[str, str]]:

@@ -29,6 +29,8 @@ _LONG = 0.25
 class Run:
     """What all batches of a stage depend on."""
 
+    stage: str
+    """Its name, so that two stages with the same kind of batches see other ones."""
     config: ModelConfig
     tokenizer: Tokenizer
     out: Path
@@ -36,6 +38,10 @@ class Run:
     steps: int
     """How many batches the stage takes."""
     seed: int
+
+    def random(self, index: int) -> Random:
+        """The source of all chance of batch `index`."""
+        return Random(f"{self.stage} {self.seed} {index}")
 
 
 class Writer:
@@ -87,11 +93,11 @@ class TextBatches:
 
     def __init__(self, run: Run, **shares: int):
         """Opens the data; `shares` are those of the tasks that fit in a short row."""
-        self._writer, self._seed, self._shares = Writer(run), run.seed, shares
+        self._writer, self._run, self._shares = Writer(run), run, shares
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"text {self._seed} {index}")
+        rng = self._run.random(index)
         if rng.random() < 0.2:
             tasks, length = ["repeat"] * 32, 96
         else:
@@ -123,7 +129,7 @@ class SpeechBatches:
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"speech {self._run.seed} {index}")
+        rng = self._run.random(index)
         longest = self._SHORT if index < self._SHORT_SHARE * self._run.steps else self._FRAMES[-1]
         sizes = [self._FRAMES_PER_BATCH // frames for frames in self._FRAMES]
         shares = [
@@ -189,13 +195,14 @@ class VisionBatches:
     )
     _RISE = 0.6  # of the training, until difficulty is at its height
 
-    def __init__(self, run: Run):
-        self._writer, self._run = Writer(run), run
+    def __init__(self, run: Run, rising: bool = True):
+        """Opens the data; if not `rising`, all of it is at the height of difficulty."""
+        self._writer, self._run, self._rising = Writer(run), run, rising
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"vision {self._run.seed} {index}")
-        hardest = min(index / (self._RISE * self._run.steps), 1.0)
+        rng = self._run.random(index)
+        hardest = min(index / (self._RISE * self._run.steps), 1.0) if self._rising else 1.0
         # One kind of picture before all kinds: reading starts on easy print alone.
         kinds = self._KINDS if hardest > 0.15 else self._KINDS[:1]
         _, size, pictures, tiles, crops, length = rng.choices(kinds, [kind[0] for kind in kinds])[0]
@@ -299,7 +306,7 @@ class SpokenBatches:
 
     def __init__(self, run: Run):
         self._writer, self._run = Writer(run), run
-        self._written = VisionBatches(dataclasses.replace(run, steps=1))  # at the height of difficulty from the start
+        self._written = VisionBatches(run, rising=False)
         self._recordings = Recordings(run.out / "recordings")
         short = self._recordings.lengths <= self._FRAMES
         self._asking = {
@@ -310,7 +317,7 @@ class SpokenBatches:
         """Makes batch `index`."""
         if index % 3 == 2:
             return self._written(index)
-        rng = Random(f"spoken {self._run.seed} {index}")
+        rng = self._run.random(index)
         pictures = [random_picture(rng, 1.0, (1, 1)) for _ in range(self._ROWS)]
         kinds = ["text" if picture.text else rng.choice(("colour", "shape")) for picture in pictures]
         features, counts = _padded_features(

@@ -2,10 +2,10 @@
 
     python -m tools.nano.train OUT [--stage NAME] [--steps N]
 
-text, comparing: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell what is
-said (CTC) and name what each patch shows. speech: speech encoder, its projector and the speech LoRA. vision: the same
-for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. text, hearing
-and seeing depend on nothing, so they may run side by side; so may speech and vision.
+text, comparing: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell
+what is said (CTC) and name what each patch shows. speech: speech encoder, its projector and the speech LoRA. vision:
+the same for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. text, hearing and
+seeing depend on nothing, so they may run side by side; so may speech and vision.
 
 A run that was stopped goes on from its last checkpoint when it is started again. OUT/STAGE/log.jsonl has the losses and
 OUT/STAGE/loss.png shows them.
@@ -181,7 +181,7 @@ def train(out: Path, name: str, steps: int | None = None) -> None:
         if first:
             shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(first, args=ocp.args.StandardRestore(shapes))
-        batches = stage.batches(Run(config, tokenizer, out, steps, SEED))
+        batches = stage.batches(Run(name, config, tokenizer, out, steps, SEED))
         data = grain.MapDataset.range(first, steps).map(batches).to_iter_dataset(grain.ReadOptions(2, 16))
         saved, sums, since = time.monotonic(), {}, time.monotonic()
         with (out / name / "log.jsonl").open("a") as log, _bar(name, first, steps) as bar:
