@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -16,11 +16,11 @@ from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from tools.nano.conversations import SYSTEM, TRANSCRIBE, Turns, text_conversation
-from tools.nano.marks import IGNORED, Picture, patch_labels, patch_words
+from tools.nano.marks import IGNORED, LABEL_NAMES, Picture, patch_labels, patch_words
 from tools.nano.network import LETTERS, Batch
 from tools.nano.questions import answer_about, ask_about_one, ask_about_two, random_picture
 from tools.nano.recordings import Recordings
-from tools.nano.vocabulary import QUESTION_KINDS, WORDS
+from tools.nano.vocabulary import QUESTION_KINDS, SHAPES, WORDS
 
 _LONG = 0.25
 """Share of short rows trained under the long rope factors, so that both regimes know everything."""
@@ -230,7 +230,7 @@ class VisionBatches:
         _, size, pictures, tiles, crops, length = rng.choices(kinds, [kind[0] for kind in kinds])[0]
         rows, images, all_shown = [], [], []
         for _ in range(size):
-            ask = ask_about_two if pictures == 2 else partial(ask_about_one, tiles=tiles)
+            ask = ask_about_two if pictures == 2 else functools.partial(ask_about_one, tiles=tiles)
             shown, question, answer = ask(rng, hardest)
             features = [image_features(picture.image, self._run.config.vision) for picture in shown]
             rows.append(self._writer.row([(question, answer)], images=sum(f.num_tokens for f in features)))
@@ -238,7 +238,7 @@ class VisionBatches:
             all_shown += shown
         batch = self._writer.batch(rows, length, rng)
         arrays = image_arrays(self._run.config, batch.tokens, images, crops)
-        return batch._replace(**arrays, **label_arrays(self._run.config, all_shown, crops))
+        return batch._replace(**arrays, **label_arrays(self._run, all_shown, crops))
 
 
 def image_arrays(
@@ -267,12 +267,25 @@ def image_arrays(
     }
 
 
-def label_arrays(config: ModelConfig, pictures: Sequence[Picture], num_crops: int) -> dict[str, np.ndarray]:
+def label_arrays(run: Run, pictures: Sequence[Picture], num_crops: int) -> dict[str, np.ndarray]:
     """The label fields of a batch, in the order of its crops."""
-    return {
-        "labels": _joined([patch_labels(picture, config.vision) for picture in pictures], num_crops, IGNORED),
-        "prints": _joined([patch_words(picture, config.vision) for picture in pictures], num_crops, IGNORED),
-    }
+    vision = run.config.vision
+    labels = _joined([patch_labels(picture, vision) for picture in pictures], num_crops, IGNORED)
+    prints = _joined([patch_words(picture, vision) for picture in pictures], num_crops, IGNORED)
+    of_label = [_token(run.tokenizer, name) if name.isdigit() or name in SHAPES else -1 for name in LABEL_NAMES]
+    of_word = [-1, *(_token(run.tokenizer, word) for word in WORDS)]
+    tokens = np.maximum(np.array(of_label)[np.maximum(labels, 0)], np.array(of_word)[np.maximum(prints, 0)])
+    # A cell of two by two patches takes the token of the first that has one.
+    side = vision.tokens_per_side
+    cells = tokens.reshape(num_crops, side, 2, side, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
+    named = cells[np.arange(len(cells)), (cells >= 0).argmax(axis=1)].astype(np.int32)
+    return {"labels": labels, "prints": prints, "named": named}
+
+
+@functools.cache
+def _token(tokenizer: Tokenizer, word: str) -> int:
+    """The token of a word as it stands after a space, or of a digit."""
+    return tokenizer.encode(word if word.isdigit() else f" {word}", allow_special=False)[0]
 
 
 def _joined(arrays: Sequence[np.ndarray], length: int, fill: float) -> np.ndarray:
@@ -319,5 +332,5 @@ class SpokenBatches:
         ]
         batch = self._writer.batch(rows, 112, rng)
         arrays = image_arrays(self._run.config, batch.tokens, images, 2 * self._ROWS)
-        arrays |= label_arrays(self._run.config, pictures, 2 * self._ROWS)
+        arrays |= label_arrays(self._run, pictures, 2 * self._ROWS)
         return batch._replace(features=features, frames=counts, **arrays)

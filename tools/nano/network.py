@@ -18,6 +18,7 @@ from flax import nnx
 from pallas_kernels.dispatch import prefer
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.models.phi4mm import Phi4MMModel
+from phi4mm_jax.models.text import Embedding
 from tools.nano.pictures import NUM_LABELS
 from tools.nano.vocabulary import WORDS
 
@@ -30,7 +31,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"
 _LOST = 50.0  # a CTC loss per label above it belongs to an utterance too fast for its frames, and is left out
 
 
-_WEIGHTS = {"answer": 1.0, "patches": 1.0, "prints": 1.0, "letters": 1.0, "words": 0.5}
+_WEIGHTS = {"answer": 1.0, "patches": 1.0, "prints": 1.0, "named": 0.5, "letters": 1.0, "words": 0.5}
 
 
 class Batch(NamedTuple):
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     image_index: np.ndarray | None = None  # [B, T] int32: row of the image tokens, -1 where there is none
     labels: np.ndarray | None = None  # [C, P] int32: letter or figure that each patch shows, -1 ignored
     prints: np.ndarray | None = None  # [C, P] int32: word that each patch shows a part of, -1 ignored
+    named: np.ndarray | None = None  # [C * tokens_per_crop] int32: token that says what a cell shows, -1 for none
 
 
 def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
@@ -125,6 +127,8 @@ class Network:
             losses["letters"] = _ctc_loss(spelled, counts * CTC_STEPS, batch.letters)
             losses["words"] = _ctc_loss(_head(leaves, "words", heard), counts, batch.words)
         metrics = {}
+        if answers and patches is not None:
+            losses["named"] = _naming_loss(model.vision.project(patches), model.text.embed, batch.named)
         if answers:
             logits = self._answer(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
             losses["answer"], metrics = _answer_loss(logits[:, :-1], batch.tokens[:, 1:], batch.targets[:, 1:])
@@ -186,6 +190,15 @@ def _patch_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     weight = jnp.where(labels > 0, 1.0, jnp.where(labels == 0, 0.2, 0.0))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     return (loss * weight).sum() / weight.sum()
+
+
+def _naming_loss(projected: jax.Array, embed: Embedding, named: jax.Array) -> jax.Array:
+    """How hard it is to tell the words of image tokens of known meaning, as if they were the decoder's output.
+
+    They then lie near those words' embeddings, and the frozen decoder copies what is shown as it copies what is typed.
+    """
+    logits = embed.attend(projected[: len(named)])
+    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(named, 0)), named >= 0)
 
 
 def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The recordings that speech is learned from, spoken once and kept as log-mel features.
 
-`prepare(OUT)` writes them to OUT/recordings: `features.npy` [all frames, mel] float16, and `index.json` with each
+`prepare(OUT)` writes them to OUT/recordings: `features.f16` [all frames, mel] float16, and `index.json` with each
 recording's text, kind and first frame. Speaking is slower than training, so it is done once, on all processors.
 """
 

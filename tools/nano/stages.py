@@ -92,8 +92,8 @@ STAGES = {
     ),
     "vision": Stage(
         trained=_EYE + _VISION,
-        batches=partial(VisionBatches, easy=0.4, rise=0.35),
-        steps=4000,
+        batches=partial(VisionBatches, easy=0.6, rise=0.3),
+        steps=5500,
         learning_rate=1.5e-3,
         adapter="vision",
         after=("comparing", "seeing"),
@@ -101,7 +101,7 @@ STAGES = {
     "spoken": Stage(
         trained=("audio.vision_projector.*", *_VISION),
         batches=SpokenBatches,
-        steps=1000,
+        steps=700,
         learning_rate=5e-4,
         adapter="vision",
         hears=True,
