@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 _DIRECTORY = Path(__file__).parent / "assets" / "demo"
 
 
+class DemoError(ValueError):
+    """The bundled model does not answer as it did where it was made."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """A prompt whose answer is known."""
@@ -44,6 +48,7 @@ def read_cases(directory: Path = _DIRECTORY) -> list[Case]:
     cases = json.loads((directory / "cases.json").read_text(encoding="utf-8"))
     for case in cases:
         case |= {kind: tuple(directory / name for name in case.get(kind, ())) for kind in ("images", "audios")}
+        case["before"] = tuple(case.get("before", ()))
     return [Case(**case) for case in cases]
 
 

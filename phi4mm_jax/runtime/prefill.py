@@ -16,13 +16,12 @@ from phi4mm_jax.runtime.encoding import Placement
 from phi4mm_jax.runtime.kv_cache import LayerCache
 from phi4mm_jax.runtime.steps import Steps, Weights
 
-ADAPTER_OF_MODE = {InputMode.VISION: "vision", InputMode.VISION_SPEECH: "vision", InputMode.SPEECH: "speech"}
-"""The LoRA adapter of each mode that has one (phi4mm-reference, 3)."""
+_ADAPTER_OF_MODE = {InputMode.VISION: "vision", InputMode.VISION_SPEECH: "vision", InputMode.SPEECH: "speech"}
 
 
 def adapter_for(mode: InputMode) -> str | None:
-    """The LoRA adapter of a sequence, None for the base weights."""
-    return ADAPTER_OF_MODE.get(mode)
+    """The LoRA adapter of a sequence, None for the base weights (phi4mm-reference, 3)."""
+    return _ADAPTER_OF_MODE.get(mode)
 
 
 def adapter_rows(adapters: Sequence[str | None]) -> dict[str, np.ndarray]:

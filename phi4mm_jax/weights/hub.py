@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local directory, in the package, or on the Hugging Face Hub, whence needed files come."""
+"""Where a checkpoint is: in a local directory, in the package, or on the Hugging Face Hub, which is asked for it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(tokenizer: Tokenizer, tmp_path: Path) -> Run:
-    return Run(CONFIG, tokenizer, tmp_path, steps=100, seed=3)
+    return Run("text", CONFIG, tokenizer, tmp_path, steps=100, seed=3)
 
 
 def answers(messages: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -138,8 +138,7 @@ def test_image_index_points_into_padded_crops(run: Run) -> None:
     writer = Writer(run)
     rows = [writer.row([("Say it.", "red")], images=sum(i.num_tokens for i in row)) for row in images]
     batch = writer.batch(rows, 256, Random(0))
-    labels = [np.zeros((len(i.crops), 64), np.int32) for row in images for i in row]
-    arrays = image_arrays(CONFIG, batch.tokens, images, labels, 12)
+    arrays = image_arrays(CONFIG, batch.tokens, images, 12)
     assert arrays["crops"].shape == (12, 3, 112, 112)
     index = arrays["image_index"]
     np.testing.assert_array_equal(index >= 0, batch.tokens == CONFIG.tokens.image)

@@ -203,3 +203,10 @@ def test_directories(tmp_path: Path) -> None:
             resolve(name)
     with pytest.raises(HubError, match="not a valid repository name"):
         resolve("two words/model")
+
+
+def test_the_bundled_model_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (resolve("nano") / "config.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    Path("nano").mkdir()
+    assert resolve("nano") == Path("nano")  # a directory of that name goes first

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -14,10 +15,10 @@ from phi4mm_jax.models.audio import LEAD
 from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from tools.nano.conversations import READ, READ_ONE_OF_TWO, SYSTEM, TRANSCRIBE, Turns, text_conversation
-from tools.nano.marks import IGNORED
+from tools.nano.conversations import SYSTEM, TRANSCRIBE, Turns, text_conversation
+from tools.nano.marks import IGNORED, Picture, patch_labels, patch_words
 from tools.nano.network import LETTERS, Batch
-from tools.nano.pictures import TILE, Picture, figure_picture, patch_labels, text_picture
+from tools.nano.questions import answer_about, ask_about_one, ask_about_two, random_picture
 from tools.nano.recordings import Recordings
 from tools.nano.vocabulary import QUESTION_KINDS, WORDS
 
@@ -29,6 +30,8 @@ _LONG = 0.25
 class Run:
     """What all batches of a stage depend on."""
 
+    stage: str
+    """Its name, so that two stages with the same kind of batches see other ones."""
     config: ModelConfig
     tokenizer: Tokenizer
     out: Path
@@ -36,6 +39,10 @@ class Run:
     steps: int
     """How many batches the stage takes."""
     seed: int
+
+    def random(self, index: int) -> Random:
+        """The source of all chance of batch `index`."""
+        return Random(f"{self.stage} {self.seed} {index}")
 
 
 class Writer:
@@ -66,7 +73,13 @@ class Writer:
         return np.asarray(self._tokenizer.encode(text, allow_special=True), np.int32)
 
     def batch(self, rows: Sequence[np.ndarray], length: int, rng: Random) -> Batch:
-        """Pads rows to a common length; the answers and the tokens that end them are what is predicted."""
+        """Pads rows to a common length; the answers and the tokens that end them are what is predicted.
+
+        Raises:
+          ValueError: a row is longer.
+        """
+        if (longest := max(map(len, rows))) > length:
+            raise ValueError(f"a row of {longest} tokens in a batch of {length}")
         tokens = np.full((len(rows), length), self.config.tokens.pad, np.int32)
         for padded, row in zip(tokens, rows, strict=True):
             padded[: len(row)] = row
@@ -87,13 +100,13 @@ class TextBatches:
 
     def __init__(self, run: Run, **shares: int):
         """Opens the data; `shares` are those of the tasks that fit in a short row."""
-        self._writer, self._seed, self._shares = Writer(run), run.seed, shares
+        self._writer, self._run, self._shares = Writer(run), run, shares
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"text {self._seed} {index}")
+        rng = self._run.random(index)
         if rng.random() < 0.2:
-            tasks, length = ["repeat"] * 32, 96
+            tasks, length = ["repeat"] * 32, 104
         else:
             tasks, length = rng.choices(tuple(self._shares), tuple(self._shares.values()), k=64), 40
         rows = [
@@ -107,24 +120,25 @@ class TextBatches:
 
 
 class SpeechBatches:
-    """Recordings of about equal length, to be written down; at first only short ones, or CTC would never start."""
+    """Recordings of about equal length, to be written down."""
 
-    _FRAMES = (128, 192, 256, 320, 416, 544, 704)
+    _FRAMES = (128, 192, 256, 320, 416, 544)
     _FRAMES_PER_BATCH = 6144
-    _SHORT, _SHORT_SHARE = 192, 0.25  # frames of the recordings in the first part of the training
+    _SHORT = 192  # frames
     _MAX_LETTERS, _MAX_WORDS = 88, 12
     _TEXT = 24  # tokens of a row that are not audio
 
-    def __init__(self, run: Run):
-        self._writer, self._run = Writer(run), run
+    def __init__(self, run: Run, short: float = 0.0):
+        """Opens the data; for a share `short` of the training only short recordings, without which CTC never starts."""
+        self._writer, self._run, self._short = Writer(run), run, short * run.steps
         self._recordings = Recordings(run.out / "recordings")
         bucket = np.searchsorted(self._FRAMES, self._recordings.lengths)
         self._buckets = [np.flatnonzero(bucket == i) for i in range(len(self._FRAMES))]
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"speech {self._run.seed} {index}")
-        longest = self._SHORT if index < self._SHORT_SHARE * self._run.steps else self._FRAMES[-1]
+        rng = self._run.random(index)
+        longest = self._SHORT if index < self._short else self._FRAMES[-1]
         sizes = [self._FRAMES_PER_BATCH // frames for frames in self._FRAMES]
         shares = [
             len(bucket) / size if frames <= longest else 0.0
@@ -153,12 +167,12 @@ class SpeechBatches:
 def _padded_features(
     recordings: Recordings, chosen: Sequence[int], frames: int, rng: Random
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features [B, LEAD + frames, mel] with random bands and moments blanked (SpecAugment), and frames of each [B]."""
+    """Features [B, LEAD + frames, mel] of changed voices, with bands and moments blanked, and frames of each [B]."""
     features = np.zeros((len(chosen), LEAD + frames, len(recordings.mean)), np.float32)
     counts = np.array([recordings.lengths[i] for i in chosen], np.int32)
     for row, i, count in zip(features, chosen, counts, strict=True):
         clip = row[LEAD : LEAD + count]
-        clip[:] = recordings.features(i)
+        clip[:] = _stretch(recordings.features(i).astype(np.float32), rng.uniform(0.88, 1.12))
         for _ in range(2):
             low, width = rng.randrange(clip.shape[1]), rng.randrange(12)
             clip[:, low : low + width] = recordings.mean[low : low + width]
@@ -167,7 +181,16 @@ def _padded_features(
     return features, counts
 
 
-def _classes(texts, alphabet: Sequence[str], length: int) -> np.ndarray:
+def _stretch(features: np.ndarray, factor: float) -> np.ndarray:
+    """Stretches the spectrum [frames, mel] along its bands: a longer or shorter vocal tract makes another voice."""
+    last = features.shape[1] - 1
+    position = np.minimum(np.arange(last + 1) * factor, last)
+    below = np.minimum(position.astype(int), last - 1)
+    share = (position - below).astype(np.float32)
+    return features[:, below] * (1 - share) + features[:, below + 1] * share
+
+
+def _classes(texts: Iterable[Iterable[str]], alphabet: Sequence[str], length: int) -> np.ndarray:
     """Class numbers from 1 on of each text's members, 0 behind its end: [B, length] int32."""
     number = {name: i for i, name in enumerate(alphabet, start=1)}
     rows = [[number[member] for member in text] for text in texts]
@@ -187,90 +210,46 @@ class VisionBatches:
         (0.12, 8, 1, (3, 2), 56, 160),
         (0.12, 12, 2, (1, 1), 48, 112),
     )
-    _RISE = 0.6  # of the training, until difficulty is at its height
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, easy: float = 0.0, rise: float = 0.0):
+        """Opens the data.
+
+        Args:
+          run: what all stages share.
+          easy: share of the training with the easiest pictures alone, on which reading starts.
+          rise: share of the training after it in which everything grows as hard as it gets.
+        """
         self._writer, self._run = Writer(run), run
+        self._easy, self._rise = easy * run.steps, rise * run.steps
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
-        rng = Random(f"vision {self._run.seed} {index}")
-        hardest = min(index / (self._RISE * self._run.steps), 1.0)
-        # One kind of picture before all kinds: reading starts on easy print alone.
+        rng = self._run.random(index)
+        hardest = min(max((index - self._easy) / max(self._rise, 1), 0.0), 1.0)
         kinds = self._KINDS if hardest > 0.15 else self._KINDS[:1]
         _, size, pictures, tiles, crops, length = rng.choices(kinds, [kind[0] for kind in kinds])[0]
-        rows, images, labels = [], [], []
+        rows, images, all_shown = [], [], []
         for _ in range(size):
-            asked = self._two(rng, hardest) if pictures == 2 else self._one(rng, hardest, tiles)
-            shown, question, answer = asked
+            ask = ask_about_two if pictures == 2 else partial(ask_about_one, tiles=tiles)
+            shown, question, answer = ask(rng, hardest)
             features = [image_features(picture.image, self._run.config.vision) for picture in shown]
             rows.append(self._writer.row([(question, answer)], images=sum(f.num_tokens for f in features)))
             images.append(features)
-            labels += [patch_labels(picture, self._run.config.vision) for picture in shown]
+            all_shown += shown
         batch = self._writer.batch(rows, length, rng)
-        return batch._replace(**image_arrays(self._run.config, batch.tokens, images, labels, crops))
-
-    def _one(self, rng: Random, hardest: float, tiles: tuple[int, int]) -> tuple[list[Picture], str, str]:
-        picture = random_picture(rng, hardest, tiles)
-        kind = "text" if picture.text else rng.choice(("colour", "shape", "both"))
-        return [picture], rng.choice(READ[kind]), answer_about(picture, kind)
-
-    def _two(self, rng: Random, hardest: float) -> tuple[list[Picture], str, str]:
-        shown = [random_picture(rng, hardest, (1, 1)) for _ in range(2)]
-        both = [answer_about(picture, "text" if picture.text else "both") for picture in shown]
-        kind = rng.choice(tuple(READ_ONE_OF_TWO))
-        answer = {"first": both[0], "second": both[1], "each": " and ".join(both)}[kind]
-        return shown, rng.choice(READ_ONE_OF_TWO[kind]), answer
-
-
-def random_picture(rng: Random, hardest: float, tiles: tuple[int, int], fonts: Sequence[str] | None = None) -> Picture:
-    """Draws a picture of print or of a figure.
-
-    Args:
-      rng: the source of all chance.
-      hardest: bound of the difficulty, from 0 to 1.
-      tiles: most tiles across and down.
-      fonts: see `text_picture`.
-    """
-    largest = tuple(TILE * n for n in tiles)
-    while True:
-        difficulty = rng.random() * hardest
-        if rng.random() < 0.25:
-            return figure_picture(rng, difficulty, largest)
-        count = 2 if rng.random() < 0.4 * min(4 * hardest, 1) else 1
-        picture = text_picture(rng, [random_print(rng) for _ in range(count)], difficulty, largest, fonts)
-        if all(n <= most for n, most in zip(picture.image.size, largest, strict=True)):
-            return picture
-
-
-def random_print(rng: Random) -> str:
-    """Draws a word of the vocabulary or a number from 0 to 999."""
-    return str(rng.randrange(10 ** rng.randint(1, 3))) if rng.random() < 0.3 else rng.choice(WORDS)
-
-
-def answer_about(picture: Picture, kind: str) -> str:
-    """What a picture shows: its "text", or its figure's "colour", "shape" or "both"."""
-    if kind == "text":
-        return picture.text
-    colour, shape = picture.figure
-    return {"colour": colour, "shape": shape, "both": f"{colour} {shape}"}[kind]
+        arrays = image_arrays(self._run.config, batch.tokens, images, crops)
+        return batch._replace(**arrays, **label_arrays(self._run.config, all_shown, crops))
 
 
 def image_arrays(
     config: ModelConfig,
     tokens: np.ndarray,  # [B, T]
     images: Sequence[Sequence[ImageFeatures]],
-    labels: Sequence[np.ndarray],
     num_crops: int,
 ) -> dict[str, np.ndarray]:
     """The image fields of a batch: crops of all rows in a line, padded to `num_crops` with crops of nothing."""
     vision = config.vision
     flat = [image for row in images for image in row]
-
-    def padded(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
-        whole = np.concatenate(arrays)
-        return np.pad(whole, [(0, num_crops - len(whole))] + [(0, 0)] * (whole.ndim - 1), constant_values=fill)
-
     index = np.full(tokens.shape, -1, np.int32)
     crop = 0
     for row, is_image, pictures in zip(index, tokens == config.tokens.image, images, strict=True):
@@ -281,12 +260,25 @@ def image_arrays(
             crop += len(picture.crops)
         row[is_image] = np.concatenate(parts)
     return {
-        "crops": padded([image.crops for image in flat], 0.0),
-        "mask": padded([image.mask.reshape(len(image.mask), -1) for image in flat], True),
-        "positions": padded([image.position_ids for image in flat], 0),
-        "labels": padded(labels, IGNORED),
+        "crops": _joined([image.crops for image in flat], num_crops, 0.0),
+        "mask": _joined([image.mask.reshape(len(image.mask), -1) for image in flat], num_crops, True),
+        "positions": _joined([image.position_ids for image in flat], num_crops, 0),
         "image_index": index,
     }
+
+
+def label_arrays(config: ModelConfig, pictures: Sequence[Picture], num_crops: int) -> dict[str, np.ndarray]:
+    """The label fields of a batch, in the order of its crops."""
+    return {
+        "labels": _joined([patch_labels(picture, config.vision) for picture in pictures], num_crops, IGNORED),
+        "prints": _joined([patch_words(picture, config.vision) for picture in pictures], num_crops, IGNORED),
+    }
+
+
+def _joined(arrays: Sequence[np.ndarray], length: int, fill: float) -> np.ndarray:
+    """Concatenates along the first axis, padded to `length`."""
+    whole = np.concatenate(arrays)
+    return np.pad(whole, [(0, length - len(whole))] + [(0, 0)] * (whole.ndim - 1), constant_values=fill)
 
 
 # --- spoken questions ----------------------------------------------------------------------------------------
@@ -299,7 +291,7 @@ class SpokenBatches:
 
     def __init__(self, run: Run):
         self._writer, self._run = Writer(run), run
-        self._written = VisionBatches(dataclasses.replace(run, steps=1))  # at the height of difficulty from the start
+        self._written = VisionBatches(run)
         self._recordings = Recordings(run.out / "recordings")
         short = self._recordings.lengths <= self._FRAMES
         self._asking = {
@@ -310,7 +302,7 @@ class SpokenBatches:
         """Makes batch `index`."""
         if index % 3 == 2:
             return self._written(index)
-        rng = Random(f"spoken {self._run.seed} {index}")
+        rng = self._run.random(index)
         pictures = [random_picture(rng, 1.0, (1, 1)) for _ in range(self._ROWS)]
         kinds = ["text" if picture.text else rng.choice(("colour", "shape")) for picture in pictures]
         features, counts = _padded_features(
@@ -326,6 +318,6 @@ class SpokenBatches:
             for picture, kind, image, count in zip(pictures, kinds, images, counts, strict=True)
         ]
         batch = self._writer.batch(rows, 112, rng)
-        labels = [patch_labels(picture, self._run.config.vision) for picture in pictures]
-        arrays = image_arrays(self._run.config, batch.tokens, images, labels, 2 * self._ROWS)
+        arrays = image_arrays(self._run.config, batch.tokens, images, 2 * self._ROWS)
+        arrays |= label_arrays(self._run.config, pictures, 2 * self._ROWS)
         return batch._replace(features=features, frames=counts, **arrays)

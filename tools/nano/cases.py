@@ -16,25 +16,30 @@ from random import Random
 
 import soundfile
 
-from tools.nano.heldout import TESTS, Item, ask, clip_of, items
+from tools.nano.conversations import text_conversation
+from tools.nano.heldout import TESTS, Item, ask, clip_of, held_out, items
 from tools.nano.pictures import TILE, figure_picture, text_picture
+from tools.nano.questions import answer_about
 from tools.nano.speech import VOICES
+from tools.nano.vocabulary import question, sentence
 
 _PER_TEST = 5
 
 
 def demo_items() -> Iterable[tuple[str, Item]]:
-    """The cases of `phi4mm demo`, each with its title."""
+    """The cases of `phi4mm demo`, each with its title; nothing that is said or reckoned in them was trained on."""
     rng = Random("demo 0")
+    [(added, total)] = text_conversation(rng, "add", held_out=True)
+    said = held_out(rng, lambda rng: sentence(rng, 7, 7))
+    asked = held_out(rng, lambda rng: question(rng, "colour"))
     word = text_picture(rng, ["garden"], 0.3, (2 * TILE, TILE))
     figure = figure_picture(rng, 0.3, (2 * TILE, 2 * TILE))
-    yield "Text", Item([ask("What is 27 plus 58?")], "85")
-    said = "the happy doctor brings forty two flower"
+    yield "Text", Item([ask(added)], total)
     yield "Speech", Item([ask("Transcribe the audio clip into text.", clips=[clip_of(rng, said, VOICES)])], said)
-    yield "A picture of a word", Item([ask("What is written in the picture?", [word])], "garden")
-    yield "A picture of a figure", Item([ask("Describe the figure.", [figure])], " ".join(figure.figure))
-    question = clip_of(rng, "please tell me what colour is the shape", VOICES)
-    yield "A picture and a spoken question", Item([ask("", [figure], [question])], figure.figure[0])
+    yield "A picture of a word", Item([ask("What is written in the picture?", [word])], word.text)
+    yield "A picture of a figure", Item([ask("Describe the figure.", [figure])], answer_about(figure, "both"))
+    spoken = ask("", [figure], [clip_of(rng, asked, VOICES)])
+    yield "A picture and a spoken question", Item([spoken], answer_about(figure, "colour"))
 
 
 def test_items() -> Iterable[tuple[str, Item]]:

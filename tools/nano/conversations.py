@@ -17,7 +17,7 @@ SYSTEM = ("You are a helpful assistant.", "Answer briefly.")
 def _add(rng: Random) -> tuple[list[str], Turns]:
     a, b = rng.randrange(100), rng.randrange(100)
     forms = "What is {} plus {}?", "Add {} and {}.", "{} + {} = ?", "How much is {} plus {}?"
-    return [f"{a}+{b}"], [(rng.choice(forms).format(a, b), str(a + b))]
+    return [f"{a}+{b}", f"{b}+{a}"], [(rng.choice(forms).format(a, b), str(a + b))]
 
 
 def _compare(rng: Random) -> tuple[list[str], Turns]:
@@ -30,7 +30,7 @@ def _compare(rng: Random) -> tuple[list[str], Turns]:
             ("Is {} less than {}?", "yes" if a < b else "no"),
         )
     )
-    return [f"{a}<{b}"], [(form.format(a, b), answer)]
+    return [f"{a}<{b}", f"{b}<{a}"], [(form.format(a, b), answer)]
 
 
 def _count(rng: Random) -> tuple[list[str], Turns]:
@@ -71,11 +71,11 @@ TASKS: dict[str, Callable[[Random], tuple[list[str], Turns]]] = {
     "reverse": _reverse,
     "repeat": _repeat,
 }
-"""Each draws what is to be worked on, one or several texts, and the conversation about it."""
+"""Each draws what is to be worked on, in all forms that come to the same, and the conversation about it."""
 
 
 def text_conversation(rng: Random, task: str, held_out: bool = False) -> Turns:
-    """Draws a conversation of one of `TASKS`; what is to be worked on is either all held out or all for training."""
+    """Draws a conversation of one of `TASKS`, all of whose texts are held out, or none of them."""
     while True:
         texts, turns = TASKS[task](rng)
         if all(is_held_out(text) == held_out for text in texts):
@@ -90,30 +90,9 @@ TRANSCRIBE = (
 )
 """Instructions to write down a recording."""
 
-READ = {
-    "text": (
-        "Read the text in the image.",
-        "What is written in the picture?",
-        "What is written here?",
-        "What does the picture say?",
-    ),
-    "colour": ("What colour is the figure?", "Name the colour of the shape.", "What colour is it?"),
-    "shape": ("What shape is it?", "Name the shape.", "Which figure is in the picture?"),
-    "both": ("Name the colour and the shape.", "Describe the figure.", "What is in the picture?"),
-}
-"""Questions about one picture. "What is in the picture?" is asked of figures alone."""
 
-READ_ONE_OF_TWO = {
-    "first": ("What is in the first picture?", "Describe the first image."),
-    "second": ("What is in the second picture?", "Describe the second image."),
-    "each": ("What is in each picture?", "Describe both images."),
-}
-"""Questions about two pictures; the answer to "each" has both descriptions, joined by " and "."""
-
-
-def prompt_texts() -> list[str]:
-    """Every text that the templates can put in a prompt or an answer, for the tokenizer."""
+def conversation_texts() -> list[str]:
+    """Texts with every word that the templates above use, for the tokenizer."""
     rng = Random(0)
     drawn = [text for task in TASKS for _ in range(300) for turn in TASKS[task](rng)[1] for text in turn]
-    fixed = [*SYSTEM, *TRANSCRIBE, *(q for qs in (*READ.values(), *READ_ONE_OF_TWO.values()) for q in qs)]
-    return [*fixed, *drawn]
+    return [*SYSTEM, *TRANSCRIBE, *drawn]

@@ -1,4 +1,4 @@
-"""Measures a phi4mm-nano on the held-out tests, through the public API, greedily and in float32.
+"""Measures a phi4mm-nano on the held-out tests, as a user would call it, greedily and in float32.
 
     python -m tools.nano.evaluate CHECKPOINT [--count 200] [--card MODEL_CARD.md]
 
@@ -20,12 +20,13 @@ import jiwer
 from tqdm import tqdm
 
 from phi4mm_jax import Phi4MM
-from phi4mm_jax.runtime import prefill
+from phi4mm_jax.processing.prompt import InputMode
+from phi4mm_jax.runtime import engine
+from phi4mm_jax.runtime.prefill import adapter_for
 from tools.nano.heldout import TESTS, Test, items
 
 _ROWS = 20
 _MARKS = ("<!-- results -->\n", "<!-- end of results -->\n")
-_OTHER = {"vision": "speech", "speech": "vision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Result:
 @contextlib.contextmanager
 def wrong_adapter() -> Iterator[None]:
     """Within it, pictures go through the speech adapter and speech through the vision adapter."""
-    swapped = {mode: _OTHER[name] for mode, name in prefill.ADAPTER_OF_MODE.items()}
-    with mock.patch.dict(prefill.ADAPTER_OF_MODE, swapped):
+
+    def swapped(mode: InputMode) -> str | None:
+        return {"vision": "speech", "speech": "vision"}.get(adapter_for(mode))
+
+    with mock.patch.object(engine, "adapter_for", swapped):
         yield
 
 
@@ -78,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mistakes", type=int, default=0, metavar="N", help="show the first N of each test")
     parser.add_argument("--card", type=Path, help="model card to write the results into")
     options = parser.parse_args(arguments)
+    if options.card and options.only:
+        parser.error("--card takes all tests, not those of --only")
+    card = options.card.read_text(encoding="utf-8") if options.card else ""
+    if options.card and not all(mark in card for mark in _MARKS):
+        parser.error(
+            f"{options.card}: has no lines {' and '.join(map(str.strip, _MARKS))} to write the results between"
+        )
     model = Phi4MM.from_pretrained(options.checkpoint, dtype="float32", progress=False)
     tests = [test for test in TESTS if options.only in test.name]
     lines = ["| Test | Measure | Result | Goal |", "|---|---|---|---|"]
@@ -100,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 report(dataclasses.replace(result, name=f"{test.name}, wrong adapter", goal=None))
                 bar.update()
     if options.card:
-        text = options.card.read_text(encoding="utf-8")
-        before, _, rest = text.partition(_MARKS[0])
+        before, _, rest = card.partition(_MARKS[0])
         after = rest.partition(_MARKS[1])[2]
-        options.card.write_text(before + _MARKS[0] + "\n".join(lines) + "\n" + _MARKS[1] + after, encoding="utf-8")
+        results = "\n".join((f"{options.count} items of each test.\n", *lines, ""))
+        options.card.write_text(before + _MARKS[0] + results + _MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

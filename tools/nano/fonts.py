@@ -19,30 +19,29 @@ _HELD_OUT = (
     *("LiberationMono-Regular.ttf", "LiberationMono-Bold.ttf", "LiberationMono-Italic.ttf"),
     *("DejaVuSerif-Bold.ttf", "DejaVuSansCondensed-BoldOblique.ttf", "LiberationSerif-BoldItalic.ttf"),
 )
-_FEWEST = 4
 
 
 @functools.cache
 def fonts(held_out: bool = False) -> tuple[str, ...]:
-    """Finds the fonts where the system keeps its own, in the order of the lists above.
+    """Finds the fonts where the system keeps its own.
 
     Args:
       held_out: give those that are never used in training instead.
 
     Returns:
-      Paths of TrueType files, at least four.
+      Paths of TrueType files, in the order of the lists above.
 
     Raises:
-      FileNotFoundError: fewer are installed.
+      FileNotFoundError: some are not installed; without all of them the pictures would be others.
     """
-    names = _HELD_OUT if held_out else _TRAINING
-    found = tuple(path for path in map(_find, names) if path)
-    if len(found) < _FEWEST:
+    found = {name: _find(name) for name in (_HELD_OUT if held_out else _TRAINING)}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
         raise FileNotFoundError(
-            f"{len(found)} of {len(names)} fonts found, at least {_FEWEST} are needed: install the DejaVu and "
-            "Liberation families (Debian: fonts-dejavu, fonts-liberation)"
+            f"fonts not found: {', '.join(missing)}; install the DejaVu and Liberation families "
+            "(Debian: fonts-dejavu, fonts-liberation, and where it is apart fonts-liberation-sans-narrow)"
         )
-    return found
+    return tuple(found.values())
 
 
 @functools.cache

@@ -1,6 +1,7 @@
-"""The held-out evaluation: no sentence, no sum, no picture and, where that is said, no voice of training.
+"""The held-out tests: no sentence, sum or comparison of training, and where that is said no voice and no font of it.
 
-A test set is a list of `Item`s, each a conversation without its last answer. Everything is drawn from seeds of its own.
+Pictures are drawn from seeds of their own; what is printed on them, words of a closed vocabulary, can't be new. A test
+set is a list of `Item`s, each a conversation without its last answer.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tools.nano.batches import answer_about, random_picture, random_print
-from tools.nano.conversations import READ, READ_ONE_OF_TWO, TASKS, TRANSCRIBE, text_conversation
+from tools.nano.conversations import TASKS, TRANSCRIBE, text_conversation
 from tools.nano.fonts import fonts
-from tools.nano.pictures import LARGEST, TILE, Picture, figure_picture, text_picture
+from tools.nano.marks import Picture
+from tools.nano.pictures import LARGEST, TILE, figure_picture, text_picture
+from tools.nano.questions import READ, answer_about, ask_about_two, fits, random_picture, random_print
 from tools.nano.speech import NEW_VOICES, VOICES, Voice, record
 from tools.nano.vocabulary import is_held_out, question, sentence
 
@@ -50,7 +52,8 @@ def ask(text: str, pictures: Sequence[Picture] = (), clips: Sequence[tuple[np.nd
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def _held_out(rng: Random, draw: Callable[[Random], str]) -> str:
+def held_out(rng: Random, draw: Callable[[Random], str]) -> str:
+    """Draws until the text is a held-out one."""
     while not is_held_out(text := draw(rng)):
         pass
     return text
@@ -82,7 +85,7 @@ def _text(task: str) -> Callable[[Random], Item]:
 
 def _speech(voices: Sequence[Voice]) -> Callable[[Random], Item]:
     def draw(rng: Random) -> Item:
-        text = _held_out(rng, lambda rng: sentence(rng, 3, 8))
+        text = held_out(rng, lambda rng: sentence(rng, 3, 8))
         return Item([ask(rng.choice(TRANSCRIBE), clips=[clip_of(rng, text, voices)])], text)
 
     return draw
@@ -92,13 +95,19 @@ def _speech(voices: Sequence[Voice]) -> Callable[[Random], Item]:
 
 
 def _print(
-    count: int, difficulty: float, accept: Callable[[Picture], bool], **options: Any
+    counts: Sequence[int],
+    accept: Callable[[Picture], bool],
+    largest: tuple[int, int] = (TILE, TILE),
+    new_fonts: bool = False,
 ) -> Callable[[Random], Item]:
+    """Pictures of as many words or numbers, of any difficulty, that `accept` takes."""
+
     def draw(rng: Random) -> Item:
+        files = fonts(held_out=True) if new_fonts else None
         while True:
-            texts = [random_print(rng) for _ in range(count)]
-            picture = text_picture(rng, texts, rng.random() * difficulty, **options)
-            if accept(picture):
+            texts = [random_print(rng) for _ in range(rng.choice(counts))]
+            picture = text_picture(rng, texts, rng.random() * _HARD, largest, files)
+            if accept(picture) and fits(picture, largest):
                 return Item([ask(rng.choice(READ["text"]), [picture])], picture.text)
 
     return draw
@@ -110,44 +119,29 @@ def _figure(rng: Random) -> Item:
 
 
 def _two_pictures(rng: Random) -> Item:
-    pictures = [random_picture(rng, _HARD, (1, 1)) for _ in range(2)]
-    both = [answer_about(picture, "text" if picture.text else "both") for picture in pictures]
-    kind = rng.choice(tuple(READ_ONE_OF_TWO))
-    expected = {"first": both[0], "second": both[1], "each": " and ".join(both)}[kind]
-    return Item([ask(rng.choice(READ_ONE_OF_TWO[kind]), pictures)], expected)
+    pictures, asked, expected = ask_about_two(rng, _HARD)
+    return Item([ask(asked, pictures)], expected)
 
 
 def _spoken(voices: Sequence[Voice]) -> Callable[[Random], Item]:
     def draw(rng: Random) -> Item:
         picture = random_picture(rng, _PLAIN, (1, 1))
         kind = "text" if picture.text else rng.choice(("colour", "shape"))
-        text = _held_out(rng, lambda rng: question(rng, kind))
+        text = held_out(rng, lambda rng: question(rng, kind))
         return Item([ask("", [picture], [clip_of(rng, text, voices)])], answer_about(picture, kind))
 
     return draw
-
-
-def _is_large(picture: Picture) -> bool:
-    return picture.large_print
-
-
-def _is_plain(picture: Picture) -> bool:
-    return picture.plain
-
-
-def _is_small(picture: Picture) -> bool:
-    return not picture.large_print
 
 
 TESTS = (
     *(Test(f"text: {task}", _text(task), 0.95) for task in TASKS),
     Test("speech: known voices", _speech(VOICES), 0.05, words=True),
     Test("speech: new voices", _speech(NEW_VOICES), 0.15, words=True),
-    Test("reading: one word or number, large print", _print(1, _HARD, _is_large, largest=(TILE, TILE)), 0.95),
-    Test("reading: two, plain background", _print(2, _HARD, _is_plain, largest=(TILE, TILE)), 0.90),
-    Test("reading: one, small print", _print(1, _HARD, _is_small, largest=(TILE, TILE))),
-    Test("reading: one or two, any layout up to 3 x 2 tiles", _print(2, _HARD, lambda picture: True)),
-    Test("reading: one, large print, new fonts", _print(1, _HARD, _is_large, largest=(TILE, TILE), fonts=fonts(True))),
+    Test("reading: one, large print", _print([1], lambda picture: picture.large_print), 0.95),
+    Test("reading: two, plain background", _print([2], lambda picture: picture.plain), 0.90),
+    Test("reading: one, small print", _print([1], lambda picture: not picture.large_print)),
+    Test("reading: one or two, any layout, up to 3 x 2 tiles", _print([1, 2], lambda picture: True, LARGEST)),
+    Test("reading: one, large print, new fonts", _print([1], lambda picture: picture.large_print, new_fonts=True)),
     Test("figure: colour and shape", _figure, 0.98),
     Test("two pictures", _two_pictures),
     Test("spoken question about a picture", _spoken(VOICES), 0.90),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.processing.images import plan_crops
-from tools.nano.vocabulary import SHAPES
+from tools.nano.vocabulary import SHAPES, WORDS
 
 LABEL_NAMES = ("", *string.ascii_lowercase, *string.digits, *SHAPES)
 """What each label class stands for; class 0 is background."""
@@ -72,6 +72,14 @@ def patch_labels(picture: Picture, config: VisionConfig) -> np.ndarray:
     tiles = grid.reshape(rows, patches, columns, patches).swapaxes(1, 2).reshape(-1, patches**2)
     view = _grid_labels(boxes / [columns, rows, columns, rows], labels, patches, patches)
     return np.concatenate([view.reshape(1, -1), tiles])
+
+
+def patch_words(picture: Picture, config: VisionConfig) -> np.ndarray:
+    """Names the word of the vocabulary, counted from 1, that each patch shows a part of: as `patch_labels`."""
+    letters = [word for word in picture.text.split() for _ in word]
+    classes = [WORDS.index(word) + 1 if word in WORDS else 0 for word in letters] or [0] * len(picture.marks)
+    marks = tuple((label, *box) for label, (_, *box) in zip(classes, picture.marks, strict=True))
+    return patch_labels(dataclasses.replace(picture, marks=marks), config)
 
 
 def _grid_labels(

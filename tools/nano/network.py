@@ -30,7 +30,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"
 _LOST = 50.0  # a CTC loss per label above it belongs to an utterance too fast for its frames, and is left out
 
 
-_WEIGHTS = {"answer": 1.0, "patches": 1.0, "letters": 1.0, "words": 0.5}
+_WEIGHTS = {"answer": 1.0, "patches": 1.0, "prints": 1.0, "letters": 1.0, "words": 0.5}
 
 
 class Batch(NamedTuple):
@@ -47,7 +47,8 @@ class Batch(NamedTuple):
     mask: np.ndarray | None = None  # [C, P] bool
     positions: np.ndarray | None = None  # [C, P] int32
     image_index: np.ndarray | None = None  # [B, T] int32: row of the image tokens, -1 where there is none
-    labels: np.ndarray | None = None  # [C, P] int32: what each patch shows, -1 ignored
+    labels: np.ndarray | None = None  # [C, P] int32: letter or figure that each patch shows, -1 ignored
+    prints: np.ndarray | None = None  # [C, P] int32: word that each patch shows a part of, -1 ignored
 
 
 def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
@@ -58,6 +59,7 @@ def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
         "letters": (CTC_STEPS * (1 + len(LETTERS)), audio),
         "words": (1 + len(WORDS), audio),
         "patches": (NUM_LABELS, vision),
+        "prints": (1 + len(WORDS), vision),
     }.items():
         shapes |= {f"aux.{name}.weight": (out, width), f"aux.{name}.bias": (out,)}
     rng = np.random.default_rng(seed)
@@ -116,6 +118,7 @@ class Network:
         patches, heard = self._see(model, batch), self._hear(model, batch)
         if patches is not None:
             losses["patches"] = _patch_loss(_head(leaves, "patches", patches), batch.labels)
+            losses["prints"] = _patch_loss(_head(leaves, "prints", patches), batch.prints)
         if batch.letters is not None:
             counts = self._num_tokens(batch)
             spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)

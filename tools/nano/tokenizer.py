@@ -2,7 +2,7 @@
 
 A byte-level BPE without merges: `ignore_merges` takes a whole word that is in the vocabulary as it is, any other word
 falls apart into its bytes. So whatever UTF-8 text comes in goes through, and the closed vocabulary costs one token a
-word, which makes speech and reading converge (docs of the trainer).
+word, which makes speech and reading converge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from phi4mm_jax.config import ModelConfig
-from tools.nano.conversations import prompt_texts
+from tools.nano.conversations import conversation_texts
+from tools.nano.questions import READ, READ_ONE_OF_TWO
 from tools.nano.vocabulary import WORDS
 
 _FIRST_CONTROL = 199_999
@@ -49,7 +50,8 @@ _CHAT_TEMPLATE = (
 
 def _words() -> list[str]:
     """All words, each as it stands at the beginning of a text and after a space."""
-    asked = sorted({word for text in prompt_texts() for word in re.findall(r"[A-Za-z]+", text)})
+    questions = [text for texts in (*READ.values(), *READ_ONE_OF_TWO.values()) for text in texts]
+    asked = sorted({word for text in (*conversation_texts(), *questions) for word in re.findall(r"[A-Za-z]+", text)})
     return [form for word in dict.fromkeys((*WORDS, *asked)) for form in (word, f" {word}")]
 
 
