@@ -63,7 +63,9 @@ class MemoryPlan:
         if available is None or needed <= available:
             return
         if needed - self.cache > available:
-            advice = "quantize, take 16-bit dtypes.params, raise mesh.model to spread the weights, or lower prefill_buckets"
+            advice = (
+                "quantize, take 16-bit dtypes.params, raise mesh.model to spread the weights, or lower prefill_buckets"
+            )
         else:
             advice = "lower engine.max_batch, or ask for fewer rows, shorter prompts or a smaller max_tokens"
         raise MemoryPlanError(
