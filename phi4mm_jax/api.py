@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.answer import Answer, Output, Piece, Usage
-from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig
+from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig, quantization_settings
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
 from phi4mm_jax.runtime.buckets import round_up
@@ -23,11 +24,14 @@ from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import available_memory, plan_memory
 from phi4mm_jax.runtime.mesh import create_mesh
+from phi4mm_jax.runtime.placement import place
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.runtime.scoring import score
 from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.weights.hub import resolve
 from phi4mm_jax.weights.loader import load
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Output", "Phi4MM", "Piece", "Usage"]
 
@@ -53,6 +57,7 @@ class Phi4MM:
         revision: str | None = None,
         config: str | Path | RuntimeConfig = "auto",
         dtype: jax.typing.DTypeLike | None = None,
+        quantize: str | int | None = None,
         token: str | None = None,
         local_files_only: bool = False,
         progress: bool = True,
@@ -66,6 +71,8 @@ class Phi4MM:
           config: "auto" (by device), a preset's name, a TOML file, or a `RuntimeConfig`.
           dtype: of the weights: "bfloat16", "float16" or "float32"; with "float32" activations, cache and products
             are float32 as well.
+          quantize: hold the weights in few bits: "int8", "w8a8", "int4", or a name of mistral.rs ("Q4K", 8) for the
+            nearest of these; section `quantization` of the configuration says it in more detail.
           token: hub token; the environment's by default.
           local_files_only: never go to the network.
           progress: show progress while loading, and print the memory plan of each new batch shape (standard error).
@@ -77,7 +84,7 @@ class Phi4MM:
           CheckpointError: tensors are missing, unknown or mis-shaped.
           MemoryPlanError: the weights and one row do not fit the device.
         """
-        runtime = runtime_config(config, dtype, **sections)
+        runtime = runtime_config(config, dtype, quantize, **sections)
         directory = resolve(str(name), revision=revision, token=token, local_files_only=local_files_only)
         model = ModelConfig.from_checkpoint(directory)
         processor = Processor.from_checkpoint(directory, model)
@@ -88,7 +95,11 @@ class Phi4MM:
         smallest = plan_memory(steps, 1, runtime.engine.cache_buckets[0])
         smallest.check(available_memory(mesh.devices.flat[0]))
         arrays, _ = load(
-            directory, model, abstract, lambda path, x: jax.device_put(x, abstract[path].sharding), progress=progress
+            directory,
+            model,
+            abstract,
+            lambda path, value: place(path, value, abstract[path], runtime.quantization),
+            progress=progress,
         )
         return cls(processor, steps, steps.pack(arrays), progress)
 
@@ -242,9 +253,17 @@ class Phi4MM:
 
 
 def runtime_config(
-    config: str | Path | RuntimeConfig, dtype: jax.typing.DTypeLike | None, **sections: Mapping[str, Any]
+    config: str | Path | RuntimeConfig,
+    dtype: jax.typing.DTypeLike | None,
+    quantize: str | int | None = None,
+    **sections: Mapping[str, Any],
 ) -> RuntimeConfig:
     """The runtime configuration that `from_pretrained`'s arguments mean, for the devices at hand."""
+    if quantize is not None:
+        settings, form = quantization_settings(quantize)
+        if str(quantize) != form:
+            logger.warning("quantize = %r: taken as %s, the nearest format there is", quantize, form)
+        sections["quantization"] = {**settings, **sections.get("quantization", {})}
     if isinstance(config, RuntimeConfig):
         runtime = config.override(**sections)
     elif not isinstance(config, (str, Path)):

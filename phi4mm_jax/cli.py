@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command)
     for command in (generate, chat, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
+        command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8 or int4")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
     for command in (generate, chat, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
@@ -158,6 +159,7 @@ def _load(args: argparse.Namespace) -> Phi4MM:
         revision=args.revision,
         config=args.config,
         dtype=args.dtype,
+        quantize=args.quantize,
         progress=not args.quiet,
         **parse_settings(args.set),
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 import jax
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("matmul.cc", "dot.inc")]
-_TARGETS = {"phi4mm_matmul": "Phi4mmMatmul"}
+_SOURCES = [Path(__file__).with_name(name) for name in ("matmul.cc", "quantized.cc")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("common.h", "vectors.inc", "dot.inc", "integers.inc")]
+_TARGETS = {"phi4mm_matmul": "Phi4mmMatmul", "phi4mm_quantized_matmul": "Phi4mmQuantizedMatmul"}
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w")
 _BUILD_SECONDS = 300
@@ -87,7 +88,7 @@ def _build(compiler: list[str]) -> Path:
     command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
     version = run([*compiler, "--version"]).stdout
     key = hashlib.sha256(repr((command, version, jax.lib.__version__, platform.machine())).encode())
-    for source in _SOURCES:
+    for source in (*_SOURCES, *_INCLUDED):
         key.update(source.read_bytes())
     cache = _cache_directory()
     library = cache / f"{key.hexdigest()[:32]}.so"
@@ -95,7 +96,7 @@ def _build(compiler: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             # It gets its name when it is whole: another process may be building the same.
             built = Path(scratch, library.name)
-            run([*command, str(_SOURCES[0]), "-o", str(built)])
+            run([*command, *map(str, _SOURCES), "-o", str(built)])
             built.rename(library)
         _LOG.info("compiled the CPU kernels: %s", library)
     return library

@@ -2,39 +2,11 @@
 //
 // Such a product is the reading of w: every row of it is read once, for up to eight rows of x.
 
-#include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
-
-#include "xla/ffi/api/ffi.h"
-
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "common.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
-
 enum class Type { kBFloat16, kFloat16 };
-
-constexpr size_t kFirstCache = 16 << 10;  // bytes of x that are in use at once: half of a first level cache
-constexpr size_t kLeadBytes = 32 << 10;  // of w, how far ahead it is fetched
-constexpr size_t kChunkBytes = 256 << 10;  // of w, what a thread takes at once: a part of its second level cache
-constexpr size_t kSmallestChunkBytes = 32 << 10;
-constexpr size_t kChunkRows = 128;
 
 struct Product {
   const uint16_t* w;  // [n, k]
@@ -100,22 +72,6 @@ Kernel Choose(Type type, int64_t widest) {
   return portable::kKernels[index];
 }
 
-// A product that threads share. Each takes chunks of rows until there are none.
-struct Job {
-  Product product;
-  Kernel kernel;
-  size_t chunk_rows, chunks;
-  std::atomic<size_t> taken{0}, finished{0};
-
-  void Work() {
-    for (size_t chunk; (chunk = taken.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-      const size_t begin = chunk * chunk_rows;
-      kernel.run(product, begin, std::min(begin + chunk_rows, product.n));
-      finished.fetch_add(1, std::memory_order_release);
-    }
-  }
-};
-
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> out,
                   int64_t widest) {
   if (x.element_type() != w.element_type() || (w.element_type() != ffi::BF16 && w.element_type() != ffi::F16)) {
@@ -123,24 +79,11 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   }
   const size_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   const Type type = w.element_type() == ffi::BF16 ? Type::kBFloat16 : Type::kFloat16;
-  const size_t threads = std::max<int64_t>(1, pool.num_threads());
-
-  // Late tasks find no chunk left, after this call has returned: they own the job too.
-  auto job = std::make_shared<Job>();
-  job->kernel = Choose(type, widest);
-  job->product = {reinterpret_cast<const uint16_t*>(w.untyped_data()), out->typed_data(), m, n, k,
-                  job->kernel.pack(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, k)};
-  const size_t share = n * k * sizeof(uint16_t) / (8 * threads);
-  const size_t bytes = std::max(kSmallestChunkBytes, std::min(kChunkBytes, share));
-  job->chunk_rows = std::min(kChunkRows, std::max<size_t>(4, bytes / (k * sizeof(uint16_t)) / 4 * 4));
-  job->chunks = (n + job->chunk_rows - 1) / job->chunk_rows;
-
-  for (size_t i = 1; i < std::min(threads, job->chunks); ++i) pool.Schedule([job] { job->Work(); });
-  job->Work();
-  // Chunks that another thread is at work on. Tasks that have not started are not waited for.
-  for (int spins = 0; job->finished.load(std::memory_order_acquire) < job->chunks; ++spins) {
-    if (spins > 1000) std::this_thread::yield();
-  }
+  const Kernel kernel = Choose(type, widest);
+  Product product = {reinterpret_cast<const uint16_t*>(w.untyped_data()), out->typed_data(), m, n, k,
+                     kernel.pack(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, k)};
+  Share(pool, n, k * sizeof(uint16_t),
+        [product = std::move(product), kernel](size_t begin, size_t end) { kernel.run(product, begin, end); });
   return ffi::Error::Success();
 }
 

@@ -4,13 +4,14 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import cpu, reference
+from pallas_kernels.quantized import QuantizedArray
 
 BACKENDS = {"cpu": cpu.matmul, "xla": reference.matmul}
 
 
 def matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | QuantizedArray,
     *,
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: dispatch.Implementation = None,
@@ -19,7 +20,7 @@ def matmul(
 
     Args:
       x: [..., K] activations, any float type; cast to the weight's type before the product.
-      w: [N, K] weight, any float type.
+      w: [N, K] weight, any float type, or quantized.
       out_dtype: type of the result; default x's.
       implementation: see `dispatch.run`.
 

@@ -1,4 +1,4 @@
-"""`matmul` on a CPU for few rows and a weight of 16 bits: the time of reading the weight once."""
+"""`matmul` on a CPU for few rows and a weight of 16 or fewer bits: the time of reading the weight once."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cpu import library
+from pallas_kernels.quantized import QuantizedArray
 
 # Beyond, arithmetic is the limit and XLA is as good: with AVX2 from 16 rows on, with AVX-512 after 32.
 MAX_ROWS = 16
@@ -14,7 +15,7 @@ MAX_ROWS = 16
 
 def matmul(
     x: jax.Array,  # [..., K]
-    w: jax.Array,  # [N, K]
+    w: jax.Array | QuantizedArray,  # [N, K]
     *,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
@@ -23,12 +24,18 @@ def matmul(
     There is no derivative, and `vmap` is a loop. XLA does not partition the call: a weight that is sharded over devices
     would be gathered, so such a program chooses other backends, see `dispatch.prefer`.
 
+    With a quantized weight x is rounded to int8, each row and block of at most 128 columns with a scale of its own,
+    whatever the weight says of `activations`; a row that is not finite in a block becomes nan.
+
     Raises:
-      NotImplementedError: another platform, type of weight or number of rows, or there are no compiled kernels.
+      NotImplementedError: another platform, type of weight, size of its groups or number of rows, or there are no
+        compiled kernels.
     """
     rows = math.prod(x.shape[:-1])
     widest = library.widest_instruction_set()
-    if w.dtype not in (jnp.bfloat16, jnp.float16):
+    if isinstance(w, QuantizedArray):
+        _check_quantized(w)
+    elif w.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"matmul on a CPU: bfloat16 or float16 weights, not {w.dtype}")
     if not 1 <= rows <= MAX_ROWS or 0 in w.shape:
         raise NotImplementedError(f"matmul on a CPU: 1 to {MAX_ROWS} rows and a weight, not {rows} and {w.shape}")
@@ -36,7 +43,26 @@ def matmul(
         raise NotImplementedError(f"matmul on a CPU: the platform is {jax.default_backend()}")
     if widest is None or not library.available():
         raise NotImplementedError("matmul on a CPU: no compiled kernels")
+    if isinstance(w, QuantizedArray):
+        target, dtype, weight = "phi4mm_quantized_matmul", jnp.float32, (w.values, w.scales)
+    else:
+        target, dtype, weight = "phi4mm_matmul", w.dtype, (w,)
     out = jax.ShapeDtypeStruct((rows, w.shape[0]), jnp.float32)
-    product = jax.ffi.ffi_call("phi4mm_matmul", out, vmap_method="sequential")
-    y = product(x.reshape(rows, -1).astype(w.dtype), w, widest=np.int64(widest))
+    product = jax.ffi.ffi_call(target, out, vmap_method="sequential")
+    y = product(x.reshape(rows, -1).astype(dtype), *weight, widest=np.int64(widest))
     return y.astype(out_dtype).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _check_quantized(w: QuantizedArray) -> None:
+    """Raises NotImplementedError where the kernel cannot do it."""
+    columns, groups = w.shape[1], w.scales.shape[1]
+    if w.values.dtype not in (jnp.int8, jnp.int4) or w.scales.dtype not in (jnp.bfloat16, jnp.float32):
+        types = f"{w.values.dtype} and {w.scales.dtype}"
+        raise NotImplementedError(f"matmul on a CPU: int8 or int4 and bfloat16 or float32 scales, not {types}")
+    if columns % 32:
+        raise NotImplementedError(f"matmul on a CPU: a multiple of 32 columns, not {columns}")
+    size = columns // max(1, groups)
+    if groups < 1 or size * groups != columns or (groups > 1 and size not in (32, 64) and size % 128):
+        raise NotImplementedError(
+            f"matmul on a CPU: whole rows or groups of 32, 64 or a multiple of 128 columns, not {columns} / {groups}"
+        )

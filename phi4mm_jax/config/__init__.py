@@ -14,6 +14,7 @@ from phi4mm_jax.config.model import (
     VisionConfig,
     models,
 )
+from phi4mm_jax.config.quantization import QuantizationConfig, WeightFormat, quantization_settings
 from phi4mm_jax.config.runtime import (
     DType,
     DTypeConfig,
@@ -33,11 +34,14 @@ __all__ = [
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",
+    "QuantizationConfig",
     "RuntimeConfig",
     "TextConfig",
     "TokenConfig",
     "VisionConfig",
+    "WeightFormat",
     "models",
     "parse_settings",
     "presets",
+    "quantization_settings",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from phi4mm_jax.config.building import ConfigError, Settings, build, merge, wrong
 from phi4mm_jax.config.devices import choose_preset
 from phi4mm_jax.config.files import build_from_toml, config_directory
+from phi4mm_jax.config.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class RuntimeConfig(Settings):
 
     dtypes: DTypeConfig = DTypeConfig()
     """Number formats."""
+    quantization: QuantizationConfig = QuantizationConfig()
+    """Weights in few bits."""
     mesh: MeshConfig = MeshConfig()
     """Device arrangement."""
     engine: EngineConfig = EngineConfig()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.matmul import matmul
+from pallas_kernels.quantized import take
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.models.layers import RMSNorm, in_float32, merge_heads, param
 from phi4mm_jax.models.lora import LoraLinear, RowAdapters
@@ -45,7 +46,7 @@ class Embedding(nnx.Module):
 
     def encode(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """Looks up tokens [...] int32 -> [..., D]."""
-        return self.weight.get_value()[tokens].astype(dtype)
+        return take(self.weight.get_value(), tokens, dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden [..., D]: float32 [..., V]."""

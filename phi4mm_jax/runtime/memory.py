@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from phi4mm_jax.runtime.placement import placed_shape
 from phi4mm_jax.runtime.steps import Steps
 
 GIB = 2**30
@@ -61,7 +63,9 @@ class MemoryPlan:
         if available is None or needed <= available:
             return
         if needed - self.cache > available:
-            advice = "take 16-bit dtypes.params, raise mesh.model to spread the weights, or lower prefill_buckets"
+            advice = (
+                "quantize, take 16-bit dtypes.params, raise mesh.model to spread the weights, or lower prefill_buckets"
+            )
         else:
             advice = "lower engine.max_batch, or ask for fewer rows, shorter prompts or a smaller max_tokens"
         raise MemoryPlanError(
@@ -73,7 +77,9 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
     """Plans `batch` rows of `length` cache positions with `media_tokens` encoded tokens among them."""
     state = steps.state_shapes(batch, length)
     return MemoryPlan(
-        weights=_bytes_per_device(steps.abstract()),
+        weights=_bytes_per_device(
+            [placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in steps.abstract().items()]
+        ),
         cache=_bytes_per_device(state.caches),
         sampling=_bytes_per_device(dataclasses.replace(state, caches=[])),
         media=media_tokens * steps.model.text.hidden_size * steps.activation_dtype.itemsize,
@@ -85,7 +91,12 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
 
 def _bytes_per_device(tree: Any) -> int:
     """Bytes that one device holds of arrays given by shape, dtype and sharding."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * _bits(a.dtype) // 8 for a in leaves)
+
+
+def _bits(dtype: jnp.dtype) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def _workspace(steps: Steps, batch: int) -> int:

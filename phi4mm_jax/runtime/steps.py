@@ -108,7 +108,7 @@ class Steps:
     # --- weights ---------------------------------------------------------------------------------------------
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every leaf by its dotted path, with shape, dtype and sharding."""
+        """Every leaf by its dotted path, with shape, dtype and sharding, before any quantization."""
         leaves = {}
         for name, tower in self._towers.items():
             for path, leaf, axes in zip(tower.paths, tower.leaves, tower.axes, strict=True):

@@ -1,0 +1,71 @@
+// What the products share: how the compilers are spoken to, and how threads share the rows of a weight.
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr size_t kFirstCache = 16 << 10;  // bytes of x that are in use at once: half of a first level cache
+constexpr size_t kLeadBytes = 32 << 10;  // of w, how far ahead it is fetched
+constexpr size_t kChunkBytes = 256 << 10;  // of w, what a thread takes at once: a part of its second level cache
+constexpr size_t kSmallestChunkBytes = 32 << 10;
+constexpr size_t kChunkRows = 128;
+
+// A product that threads share. Each takes chunks of rows until there are none.
+struct Job {
+  std::function<void(size_t begin, size_t end)> run;
+  size_t rows, chunk_rows, chunks;
+  std::atomic<size_t> taken{0}, finished{0};
+
+  void Work() {
+    for (size_t chunk; (chunk = taken.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      const size_t begin = chunk * chunk_rows;
+      run(begin, std::min(begin + chunk_rows, rows));
+      finished.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+// Calls run(begin, end) for all rows of a weight, which have `row_bytes` each, in parts, on the threads of the pool.
+inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, std::function<void(size_t, size_t)> run) {
+  const size_t threads = std::max<int64_t>(1, pool.num_threads());
+  // Late tasks find no chunk left, after this call has returned: they own the job too.
+  auto job = std::make_shared<Job>();
+  job->run = std::move(run);
+  job->rows = rows;
+  const size_t bytes = std::max(kSmallestChunkBytes, std::min(kChunkBytes, rows * row_bytes / (8 * threads)));
+  job->chunk_rows = std::min(kChunkRows, std::max<size_t>(4, bytes / row_bytes / 4 * 4));
+  job->chunks = (rows + job->chunk_rows - 1) / job->chunk_rows;
+
+  for (size_t i = 1; i < std::min(threads, job->chunks); ++i) pool.Schedule([job] { job->Work(); });
+  job->Work();
+  // Chunks that another thread is at work on. Tasks that have not started are not waited for.
+  for (int spins = 0; job->finished.load(std::memory_order_acquire) < job->chunks; ++spins) {
+    if (spins > 1000) std::this_thread::yield();
+  }
+}
+
+}  // namespace

@@ -1,0 +1,120 @@
+"""Weights in few bits: `QuantizedArray` stands wherever a weight [N, K] of a product stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
+"""Shares of a group's largest value that are tried as the end of its range."""
+_BLOCK_BYTES = 64 << 20
+"""Float32 bytes of a weight that are quantized at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a weight is quantized."""
+
+    bits: Literal[4, 8]
+    """Of a value."""
+    group_size: int | None = None
+    """Columns that share a scale; None: a whole row does."""
+    activations: Literal["float", "int8"] = "float"
+    """`int8`: the other factor is rounded too, row by row, and the product runs in integers."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("activations",))
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight [N, K] as integers times scales, one scale per row and group of columns."""
+
+    values: jax.Array
+    """[N, K] int8 or int4."""
+    scales: jax.Array
+    """[N, G] of the type that the weight had."""
+    activations: Literal["float", "int8"] = "float"
+    """See `Format`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K]."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of what it stands for."""
+        return self.scales.dtype
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """The weight: [N, K]."""
+        dtype = self.dtype if dtype is None else dtype
+        rows, groups = self.scales.shape
+        wide = self.values.astype(jnp.float32).reshape(rows, groups, -1)
+        return (wide * self.scales.astype(jnp.float32)[:, :, None]).astype(dtype).reshape(self.shape)
+
+
+def quantize(w: jax.Array, form: Format) -> QuantizedArray:
+    """Rounds a weight, each group to the range that has the least squared error (no data needed).
+
+    Args:
+      w: [N, K] float.
+      form: the format; its group size divides K.
+
+    Returns:
+      Values [N, K] and scales [N, K / group_size].
+
+    Raises:
+      ValueError: K is no multiple of the group size.
+    """
+    rows, columns = w.shape
+    size = form.group_size or columns
+    if columns % size:
+        raise ValueError(f"{columns} columns are no multiple of group_size {size}")
+    step = max(1, _BLOCK_BYTES // (4 * columns))
+    block = functools.partial(_quantize_rows, bits=form.bits, size=size)
+    whole = rows // step * step
+    parts = []
+    if whole:
+        values, scales = jax.lax.map(block, w[:whole].reshape(-1, step, columns))
+        parts.append((values.reshape(whole, columns), scales.reshape(whole, -1)))
+    if whole < rows:
+        parts.append(block(w[whole:]))
+    values, scales = (jnp.concatenate(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    return QuantizedArray(values, scales, form.activations)
+
+
+def _quantize_rows(w: jax.Array, bits: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Values [R, K] and scales [R, K / size] of w [R, K]."""
+    groups = w.astype(jnp.float32).reshape(w.shape[0], -1, size)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    extreme = jnp.take_along_axis(groups, jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True), axis=-1)
+    best_error = jnp.full(extreme.shape, jnp.inf, jnp.float32)
+    best = jnp.ones_like(extreme)
+    # The range reaches one further on one side: the extreme value may be given either.
+    for end, ratio in ((end, ratio) for end in (lowest, highest) for ratio in _RATIOS):
+        scale = (extreme * (ratio / end)).astype(w.dtype).astype(jnp.float32)
+        scale = jnp.where(scale == 0, 1.0, scale)
+        rounded = jnp.clip(jnp.round(groups / scale), lowest, highest) * scale
+        error = jnp.sum(jnp.square(rounded - groups), axis=-1, keepdims=True)
+        best = jnp.where(error < best_error, scale, best)
+        best_error = jnp.minimum(error, best_error)
+    values = jnp.clip(jnp.round(groups / best), lowest, highest)
+    dtype = jnp.int4 if bits == 4 else jnp.int8
+    return values.reshape(w.shape).astype(dtype), best[..., 0].astype(w.dtype)
+
+
+def take(w: jax.Array | QuantizedArray, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of a weight [N, K]: rows [...] int32 -> [..., K] of `dtype`."""
+    if not isinstance(w, QuantizedArray):
+        return w[rows].astype(dtype)
+    flat = QuantizedArray(w.values[rows.reshape(-1)], w.scales[rows.reshape(-1)])
+    return flat.dequantize(dtype).reshape(*rows.shape, w.shape[1])

@@ -1,0 +1,241 @@
+"""`matmul` on a CPU with weights in few bits: the compiled kernels for every instruction set."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cpu import library
+from pallas_kernels.matmul import cpu, matmul
+from pallas_kernels.quantized import QuantizedArray
+
+FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64, 128, 256, None)]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The compiled kernels; skips where there is no CPU or no compiler for it."""
+    monkeypatch.delenv("PHI4MM_NATIVE", raising=False)
+    if jax.default_backend() != "cpu" or library._compiler() is None:
+        pytest.skip("no CPU kernels")
+    assert library.available()
+
+
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(kernels, monkeypatch, request):
+    """Each; a machine that lacks one takes the next narrower."""
+    monkeypatch.setenv("PHI4MM_NATIVE", request.param)
+
+
+def product(x, w):
+    return jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, implementation="cpu"))(x, w)
+
+
+def draw_weight(out_features, in_features, bits, group, scale_type="bfloat16", seed=0):
+    """Every value of the type occurs, if there is room."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (out_features, in_features))
+    scales = rng.uniform(0.5, 2, (out_features, in_features // (group or in_features)))
+    return QuantizedArray(jnp.asarray(values, jnp.int4 if bits == 4 else jnp.int8), jnp.asarray(scales, scale_type))
+
+
+def draw(rows, in_features, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, in_features)), jnp.float32)
+
+
+def draw_exact(rows, in_features, seed=1):
+    """Rounding to 8 bits does not change it: integers up to 127, with that in each 32 columns, times a power of 2."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-127, 128, (rows, in_features // 32, 32))
+    x[:, :, rng.integers(32)] = 127
+    powers = 2.0 ** rng.integers(-9, 9, (rows, 1, 1))
+    return jnp.asarray((x * powers).reshape(rows, in_features), jnp.float32)
+
+
+def reference(x, w):
+    groups = w.scales.shape[1]
+    values = np.asarray(w.values.astype(jnp.int8), np.float64).reshape(w.shape[0], groups, -1)
+    dequantized = (values * np.asarray(w.scales, np.float64)[:, :, None]).reshape(w.shape)
+    return np.asarray(x, np.float64) @ dequantized.T
+
+
+def rounded(x, block):
+    """What the kernel makes of x."""
+    blocks = np.asarray(x).reshape(x.shape[0], -1, block)
+    peaks = np.max(np.abs(blocks), axis=-1, keepdims=True)
+    steps = np.round((blocks * (1 / peaks)).astype(np.float64) * 127)
+    return (steps * (peaks / 127)).reshape(x.shape)
+
+
+def error(y, x, w):
+    """The largest of each row, relative to the largest result of the row."""
+    expected = reference(x, w)
+    assert (y.shape, y.dtype) == (expected.shape, jnp.float32)
+    return np.max(np.abs(y - expected), axis=1) / np.max(np.abs(expected), axis=1)
+
+
+def test_four_bits_lie_as_the_kernel_reads_them():
+    """Half a byte each, the even column in the lower half."""
+    values = jnp.arange(-8, 8, dtype=jnp.int8).astype(jnp.int4)
+    compiled = jax.jit(lambda v: v + v).lower(values.reshape(1, 16)).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == 8
+    packed = jax.lax.bitcast_convert_type(values.reshape(8, 2), jnp.uint8)
+    np.testing.assert_array_equal(packed, [0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x76])
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "rows"),
+    [
+        (1, 32, (1, 5)),
+        (7, 96, (1, 2, 8)),
+        (130, 320, (1, 2, 3, 5, 8, cpu.MAX_ROWS)),
+        (37, 3072, (1, 2, 3, 5, 8, cpu.MAX_ROWS)),  # several parts of the columns
+        (3, 16384, (1, 8)),
+    ],
+)
+def test_exact_where_rounding_is(out_features, in_features, rows, bits, group, instruction_set):
+    if group and in_features % group:
+        pytest.skip("no whole groups")
+    w = draw_weight(out_features, in_features, bits, group, "float32" if in_features == 320 else "bfloat16")
+    for m in rows:
+        x = draw_exact(m, in_features)
+        scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(jnp.float32), np.float64)).T
+        np.testing.assert_array_less(np.abs(product(x, w) - reference(x, w)), 1e-6 * scale)
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_error_of_rounding(bits, group, instruction_set):
+    x, w = draw(cpu.MAX_ROWS, 3072), draw_weight(256, 3072, bits, group)
+    assert np.max(error(product(x, w), x, w)) < 0.015
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_sums(bits, instruction_set):
+    """All values at the ends of their ranges: nothing saturates."""
+    ends = jnp.asarray([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1])[:, None]
+    values = jnp.broadcast_to(ends, (2, 256)).astype(jnp.int4 if bits == 4 else jnp.int8)
+    w = QuantizedArray(values, jnp.ones((2, 1), jnp.float32))
+    x = jnp.concatenate([jnp.full((1, 256), 127.0), jnp.full((1, 256), -127.0)])
+    np.testing.assert_array_equal(product(x, w), reference(x, w))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, None)])
+def test_outliers_stay_in_their_rows_and_blocks(bits, group, instruction_set):
+    x, w = draw(3, 512), draw_weight(64, 512, bits, group)
+    with_outlier = x.at[1, 77].set(1000.0)
+    y = product(with_outlier, w)
+    np.testing.assert_array_equal(y[::2], product(x, w)[::2])
+    # What is small beside the outlier is lost in its block, which is more than 1.5% of so few columns: that, no more.
+    assert np.max(error(y, rounded(with_outlier, min(group or 128, 128)), w)) < 1e-5
+    # Weights of zero in the outlier's block hide it: the other blocks are as precise as without it.
+    hidden = QuantizedArray(w.values.at[:, :128].set(0), w.scales)
+    np.testing.assert_array_equal(product(with_outlier, hidden), product(x, hidden))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_zeros_and_tiny_rows(bits, instruction_set):
+    w = draw_weight(9, 96, bits, 32)
+    y = product(draw(3, 96).at[1].set(0.0).at[2].set(1e-42), w)
+    np.testing.assert_array_equal(y[1:], np.zeros((2, 9)))
+    x = draw(1, 96) * 1e-30
+    assert np.max(error(product(x, w), x, w)) < 0.03  # of few columns and rows
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_becomes_nan_in_its_row(bad, instruction_set):
+    y = product(draw(3, 320).at[1, 200].set(bad), draw_weight(9, 320, 4, 64))
+    np.testing.assert_array_equal(np.isnan(y), np.arange(3)[:, None].repeat(9, axis=1) == 1)
+
+
+def test_a_row_does_not_depend_on_the_others(instruction_set):
+    """Nor on how the rows of the weight are cut into chunks."""
+    x, w = draw(cpu.MAX_ROWS, 1024), draw_weight(600, 1024, 4, 64)
+    y = product(x, w)
+    for m in (1, 2, 3, 8):
+        np.testing.assert_array_equal(product(x[:m], w), y[:m])
+    for n in (1, 6, 131):
+        np.testing.assert_array_equal(product(x, QuantizedArray(w.values[:n], w.scales[:n])), y[:, :n])
+
+
+THREADS = """
+import hashlib, os, sys
+if sys.argv[1] == "1":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax.numpy as jnp, numpy as np
+from pallas_kernels.matmul import matmul
+from pallas_kernels.quantized import QuantizedArray
+rng = np.random.default_rng(0)
+values = jnp.asarray(rng.integers(-8, 8, (3000, 1024)), jnp.int4)
+w = QuantizedArray(values, jnp.asarray(rng.uniform(size=(3000, 32)), jnp.bfloat16))
+x = jnp.asarray(rng.normal(size=(3, 1024)), jnp.float32)
+results = {np.asarray(matmul(x, w, implementation="cpu")).tobytes() for _ in range(20)}
+print(len(results), hashlib.sha256(results.pop()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity")
+def test_the_same_with_one_thread_and_with_all(kernels):
+    lines = {
+        subprocess.run([sys.executable, "-c", THREADS, which], stdout=subprocess.PIPE, text=True, check=True).stdout
+        for which in ("1", "all")
+    }
+    assert len(lines) == 1
+    assert lines.pop().startswith("1 ")
+
+
+def test_in_a_loop_nothing_is_copied(kernels):
+    """Inside jit, with a while_loop: the weight stays as it lies."""
+
+    def run(x, w):
+        def step(state):
+            i, x = state
+            y = matmul(x, w, implementation="cpu")
+            return i + 1, y / jnp.max(jnp.abs(y))
+
+        return jax.lax.while_loop(lambda state: state[0] < 5, step, (0, x))[1]
+
+    x, w = draw(1, 1024), draw_weight(1024, 1024, 4, 32)
+    compiled = jax.jit(run).lower(x, w).compile()
+    assert "phi4mm_quantized_matmul" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 << 10
+    expected = x
+    for _ in range(5):
+        y = product(expected, w)
+        expected = y / jnp.max(jnp.abs(y))
+    np.testing.assert_allclose(compiled(x, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_types_and_shapes_of_x(kernels):
+    w = draw_weight(6, 64, 8, 32)
+    x = draw(6, 64).astype(jnp.bfloat16).reshape(3, 2, 64)
+    y = matmul(x, w, implementation="cpu")
+    assert (y.shape, y.dtype) == ((3, 2, 6), jnp.bfloat16)
+    exact = product(x.reshape(6, 64), w)
+    np.testing.assert_array_equal(y.reshape(6, 6), exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(jax.vmap(lambda x: product(x, w))(x).reshape(6, 6), exact)
+
+
+def test_it_is_the_default(kernels):
+    text = jax.jit(matmul).lower(draw(1, 64), draw_weight(8, 64, 4, 32)).as_text()
+    assert "phi4mm_quantized_matmul" in text
+
+
+def test_what_it_does_not_do(kernels, monkeypatch):
+    w = draw_weight(4, 96, 4, 32)
+    with pytest.raises(NotImplementedError, match="a multiple of 32 columns, not 40"):
+        product(draw(1, 40), draw_weight(4, 40, 8, None))
+    for group in (16, 96):
+        with pytest.raises(NotImplementedError, match=f"multiple of 128 columns, not 192 / {192 // group}"):
+            product(draw(1, 192), draw_weight(4, 192, 4, group))
+    with pytest.raises(NotImplementedError, match="scales, not int4 and float16"):
+        product(draw(1, 96), draw_weight(4, 96, 4, 32, "float16"))
+    with pytest.raises(NotImplementedError, match="1 to 16 rows and a weight, not 17"):
+        product(draw(cpu.MAX_ROWS + 1, 96), w)
+    monkeypatch.setenv("PHI4MM_NATIVE", "0")
+    with pytest.raises(NotImplementedError, match="no compiled kernels"):
+        product(draw(1, 96), w)
