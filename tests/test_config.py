@@ -272,7 +272,7 @@ def test_token_ids_lie_in_the_vocabulary(released: ModelConfig, changes: dict) -
 
 
 def test_load_takes_a_name_a_file_or_a_directory(released: ModelConfig, tmp_path: Path) -> None:
-    assert models() == ["phi4mm"]
+    assert models() == ["nano", "phi4mm"]
     assert ModelConfig.load(MODEL_TOML) == ModelConfig.load(str(MODEL_TOML)) == released
     assert ModelConfig.load(GOLDEN / "hub") == ModelConfig.from_checkpoint(GOLDEN / "hub")
     with pytest.raises(ConfigError, match="no such file; expected a checkpoint directory"):
