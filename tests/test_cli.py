@@ -99,7 +99,8 @@ def test_generate_streams(model: FakeModel, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_option_reaches_the_library(model: FakeModel) -> None:
-    options = "--model M --revision R --config cpu --dtype float32 --quantize int4 --quiet --set engine.max_batch=2 --system S"
+    options = "--model M --revision R --config cpu --dtype float32 --quantize int4 --quiet --system S"
+    options += " --set engine.max_batch=2"
     sampling = (
         "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --presence-penalty 1 --frequency-penalty -1 "
         "--repetition-penalty 1.1 --logit-bias 7=-2.5 --logit-bias 8=1 --seed 3 --stop A --stop B --max-tokens 9 "
