@@ -16,6 +16,7 @@ from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.models.audio import LEAD
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.weights.hub import BUNDLED
 from phi4mm_jax.weights.loader import load
 from tools.checkpoint_files import write_checkpoint
 from tools.nano import batches, progress, train, vocabulary
@@ -153,6 +154,15 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "whole" / "text" / "loss.png").stat().st_size > 1000
     with pytest.raises(train.TrainingError, match="was begun with 4 steps, not 5"):
         train.train(tmp_path / "whole", "text", steps=5)
+
+
+def test_a_stage_can_be_adopted(tmp_path: Path) -> None:
+    assert train.main([str(tmp_path), "--stage", "comparing", "--adopt", str(BUNDLED["nano"])]) == 0
+    leaves = train.stage_leaves(tmp_path, "comparing")
+    assert set(leaves) == {path for path in Network(CONFIG).shapes if STAGES["comparing"].trains(path)}
+    assert np.abs(leaves["text.norm.weight"] - 1).max() > 0.01  # trained
+    with pytest.raises(train.TrainingError, match="was begun; remove it"):
+        train.adopt(tmp_path, "comparing", BUNDLED["nano"])
 
 
 def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:

@@ -205,10 +205,10 @@ class VisionBatches:
 
     # Share of the batches, rows, pictures a row, largest picture in tiles, crops of the whole batch, row length.
     _KINDS = (
-        (0.60, 24, 1, (1, 1), 48, 64),
-        (0.16, 16, 1, (2, 1), 48, 80),
-        (0.12, 8, 1, (3, 2), 56, 160),
-        (0.12, 12, 2, (1, 1), 48, 112),
+        (0.84, 24, 1, (1, 1), 48, 64),
+        (0.06, 16, 1, (2, 1), 48, 80),
+        (0.04, 8, 1, (3, 2), 56, 160),
+        (0.06, 12, 2, (1, 1), 48, 112),
     )
 
     def __init__(self, run: Run, easy: float = 0.0, rise: float = 0.0):

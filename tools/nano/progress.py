@@ -80,12 +80,12 @@ def _plot(log: Path) -> None:
     figure, losses = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for name in lines[-1]:
         if name not in ("step", "seconds", _ACCURACY):
-            losses.plot(steps, [line[name] for line in lines], label=f"loss: {name}", linewidth=1)
+            losses.plot(steps, [line.get(name) for line in lines], label=f"loss: {name}", linewidth=1)
     losses.set(title=log.parent.name, xlabel="step", yscale="log")
     losses.legend(loc="lower left")
     if _ACCURACY in lines[-1]:
         accuracy = losses.twinx()
-        accuracy.plot(steps, [line[_ACCURACY] for line in lines], color="grey", linewidth=1)
+        accuracy.plot(steps, [line.get(_ACCURACY) for line in lines], color="grey", linewidth=1)
         accuracy.set(ylabel="answers that are right (grey)", ylim=(0, 1))
     figure.savefig(log.parent / "loss.png", dpi=120)
     pyplot.close(figure)

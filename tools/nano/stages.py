@@ -92,7 +92,7 @@ STAGES = {
     ),
     "vision": Stage(
         trained=_EYE + _VISION,
-        batches=partial(VisionBatches, easy=0.6, rise=0.3),
+        batches=partial(VisionBatches, easy=0.6, rise=0.5),
         steps=5500,
         learning_rate=1.5e-3,
         adapter="vision",

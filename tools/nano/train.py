@@ -1,11 +1,14 @@
 """Trains phi4mm-nano, stage by stage as the original was trained.
 
-    python -m tools.nano.train OUT [--stage NAME]
+    python -m tools.nano.train OUT [--stage NAME [--adopt CHECKPOINT]]
 
 text, comparing: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell
 what is said (CTC) and name what each patch shows. speech: speech encoder, its projector and the speech LoRA. vision:
 the same for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. text, hearing and
 seeing depend on nothing, so they may run side by side; so may speech and vision.
+
+--adopt takes what a stage learns from a checkpoint such as phi4mm_jax/assets/nano instead of training it, so that the
+stages after it can be trained further without those before.
 
 A run that was stopped goes on from its last checkpoint when it is started again. OUT/STAGE/log.jsonl has the losses and
 OUT/STAGE/loss.png shows them.
@@ -24,11 +27,13 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.weights.loader import load
 from tools.nano.batches import Run
 from tools.nano.fonts import fonts
 from tools.nano.network import Batch, Leaves, Network, initial_leaves
@@ -90,6 +95,24 @@ def train(out: Path, name: str, steps: int | None = None) -> None:
                 if index == steps or time.monotonic() - saved > _SECONDS_PER_CHECKPOINT:
                     manager.save(index, args=ocp.args.StandardSave(state))
                     saved = time.monotonic()
+
+
+def adopt(out: Path, name: str, checkpoint: Path) -> None:
+    """Ends a stage with the leaves of a checkpoint. Its auxiliary heads, which no checkpoint has, are left to chance.
+
+    Raises:
+      TrainingError: the stage was begun.
+    """
+    if (out / name).exists():
+        raise TrainingError(f"{out / name}: was begun; remove it to adopt its result")
+    stage, network = STAGES[name], Network(ModelConfig.load("nano"))
+    abstract = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in network.shapes.items()}
+    stored, _ = load(checkpoint, ModelConfig.from_checkpoint(checkpoint), abstract, lambda _, value: value)
+    leaves = initial_leaves(network.config, SEED) | stored
+    _claim(out / name, stage.steps)
+    with ocp.CheckpointManager(_checkpoints(out, name)) as manager:
+        state = {"leaves": {path: np.asarray(leaf) for path, leaf in leaves.items() if stage.trains(path)}}
+        manager.save(stage.steps, args=ocp.args.StandardSave(state))
 
 
 def stage_leaves(out: Path, name: str) -> Leaves:
@@ -192,8 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="directory of the run: data, checkpoints, logs")
     parser.add_argument("--stage", choices=STAGES, help="only this one")
+    parser.add_argument("--adopt", type=Path, metavar="CHECKPOINT", help="take its result from there")
     options = parser.parse_args(arguments)
+    if options.adopt and not options.stage:
+        parser.error("--adopt needs --stage")
     try:
+        if options.adopt:
+            adopt(options.out, options.stage, options.adopt)
+            return 0
         _check_tools()
         for name in [options.stage] if options.stage else STAGES:
             train(options.out, name)
