@@ -259,17 +259,18 @@ def runtime_config(
     **sections: Mapping[str, Any],
 ) -> RuntimeConfig:
     """The runtime configuration that `from_pretrained`'s arguments mean, for the devices at hand."""
+    if isinstance(config, RuntimeConfig):
+        runtime = config
+    elif not isinstance(config, (str, Path)):
+        raise ConfigError(f"config = {config!r}: expected 'auto', a preset's name, a TOML file or a RuntimeConfig")
+    else:
+        runtime = RuntimeConfig.load(config)
     if quantize is not None:
         settings, form = quantization_settings(quantize)
         if str(quantize) != form:
             logger.warning("quantize = %r: taken as %s, the nearest format there is", quantize, form)
-        sections["quantization"] = {**settings, **sections.get("quantization", {})}
-    if isinstance(config, RuntimeConfig):
-        runtime = config.override(**sections)
-    elif not isinstance(config, (str, Path)):
-        raise ConfigError(f"config = {config!r}: expected 'auto', a preset's name, a TOML file or a RuntimeConfig")
-    else:
-        runtime = RuntimeConfig.load(config, **sections)
+        runtime = runtime.override(quantization=settings)
+    runtime = runtime.override(**sections)
     if dtype is None:
         return runtime
     try:

@@ -2,7 +2,7 @@
 
     python -m tools.nano.export OUT CHECKPOINT
 
-OUT is the directory of the training run. Stages that have not been run are left at their random beginning.
+OUT is the directory of the training run, all of whose stages are finished.
 """
 
 from __future__ import annotations

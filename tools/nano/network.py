@@ -110,7 +110,8 @@ class Network:
         with prefer("xla"):
             model = self._module(leaves)
             patches, heard = self._see(model, batch), self._hear(model, batch)
-            return self._answer(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
+            seen = None if patches is None else model.vision.project(patches)
+            return self._answer(model, self._embed(model, batch, seen, heard), batch.use_long, adapter)
 
     def _loss(
         self, leaves: Leaves, batch: Batch, adapter: str | None, answers: bool
@@ -127,10 +128,11 @@ class Network:
             losses["letters"] = _ctc_loss(spelled, counts * CTC_STEPS, batch.letters)
             losses["words"] = _ctc_loss(_head(leaves, "words", heard), counts, batch.words)
         metrics = {}
-        if answers and patches is not None:
-            losses["named"] = _naming_loss(model.vision.project(patches), model.text.embed, batch.named)
         if answers:
-            logits = self._answer(model, self._embed(model, batch, patches, heard), batch.use_long, adapter)
+            seen = None if patches is None else model.vision.project(patches)
+            if seen is not None:
+                losses["named"] = _naming_loss(seen, model.text.embed, batch.named)
+            logits = self._answer(model, self._embed(model, batch, seen, heard), batch.use_long, adapter)
             losses["answer"], metrics = _answer_loss(logits[:, :-1], batch.tokens[:, 1:], batch.targets[:, 1:])
         return sum(_WEIGHTS[name] * loss for name, loss in losses.items()), losses | metrics
 
@@ -148,14 +150,13 @@ class Network:
         begins = jnp.zeros(len(batch.frames), bool)  # no frames before the first
         return model.audio.encode(batch.features, begins, batch.frames, self._num_tokens(batch))
 
-    def _embed(self, model: Phi4MMModel, batch: Batch, patches: jax.Array | None, heard: jax.Array | None) -> jax.Array:
+    def _embed(self, model: Phi4MMModel, batch: Batch, seen: jax.Array | None, heard: jax.Array | None) -> jax.Array:
         """Tokens and media in their places: [B, T, D]."""
         x = model.text.embed.encode(batch.tokens, jnp.float32)
-        if patches is not None:
-            seen = model.vision.project(patches)
+        if seen is not None:
             x = jnp.where((batch.image_index >= 0)[..., None], seen[batch.image_index], x)
         if heard is not None:
-            project = model.audio.speech_projector if patches is None else model.audio.vision_projector
+            project = model.audio.speech_projector if seen is None else model.audio.vision_projector
             is_audio = batch.tokens == self.config.tokens.audio
             order = jnp.maximum(jnp.cumsum(is_audio, axis=1) - 1, 0)
             x = jnp.where(is_audio[..., None], jnp.take_along_axis(project(heard), order[..., None], axis=1), x)
