@@ -24,12 +24,13 @@ from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import available_memory, plan_memory
 from phi4mm_jax.runtime.mesh import create_mesh
-from phi4mm_jax.runtime.placement import place
+from phi4mm_jax.runtime.placement import place, placed_shape
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.runtime.scoring import score
 from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.weights.hub import resolve
 from phi4mm_jax.weights.loader import load
+from phi4mm_jax.weights.saved import Manifest, Storage, restore, save
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,26 @@ Input = str | Sequence[int] | Sequence[Message]
 class Phi4MM:
     """A loaded model."""
 
-    def __init__(self, processor: Processor, steps: Steps, weights: Weights, progress: bool = False):
-        """Joins the parts; `from_pretrained` is the usual way to get them. `progress` prints memory plans."""
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        processor: Processor,
+        steps: Steps,
+        weights: Weights,
+        progress: bool = False,
+    ):
+        """Joins the parts; `from_pretrained` is the usual way to get them.
+
+        Args:
+          name: what the model was asked for as.
+          directory: where it was found.
+          processor: makes prompts.
+          steps: its programs.
+          weights: what they run on.
+          progress: print memory plans and how far saving is.
+        """
+        self.name, self.directory = name, directory
         self.processor, self.steps, self.weights = processor, steps, weights
         self._progress = progress
         self._idle: Engine | None = None  # the last engine, while no call is using it
@@ -63,7 +82,7 @@ class Phi4MM:
         progress: bool = True,
         **sections: Mapping[str, Any],
     ) -> Self:
-        """Loads a checkpoint, in the hub's or transformers' layout.
+        """Loads a checkpoint, in the hub's or transformers' layout, or what `save_pretrained` wrote.
 
         Args:
           name: a directory, or a hub id such as "microsoft/Phi-4-multimodal-instruct".
@@ -81,11 +100,16 @@ class Phi4MM:
         Raises:
           ConfigError: a setting or the checkpoint's config.json is wrong.
           HubError: the hub cannot be reached or has no such model.
-          CheckpointError: tensors are missing, unknown or mis-shaped.
+          CheckpointError: tensors are missing, unknown or mis-shaped, or a saved model is damaged.
           MemoryPlanError: the weights and one row do not fit the device.
         """
         runtime = runtime_config(config, dtype, quantize, **sections)
         directory = resolve(str(name), revision=revision, token=token, local_files_only=local_files_only)
+        saved = Manifest.read(directory)
+        if saved:
+            if (quantize or "quantization" in sections) and runtime.quantization != saved.quantization:
+                raise ConfigError(f"{name}: was saved as {saved.quantization}; to quantize it anew load {saved.source}")
+            runtime = dataclasses.replace(runtime, quantization=saved.quantization)
         model = ModelConfig.from_checkpoint(directory)
         processor = Processor.from_checkpoint(directory, model)
         mesh = create_mesh(runtime.mesh)
@@ -94,14 +118,38 @@ class Phi4MM:
         abstract = steps.abstract()
         smallest = plan_memory(steps, 1, runtime.engine.cache_buckets[0])
         smallest.check(available_memory(mesh.devices.flat[0]))
-        arrays, _ = load(
-            directory,
-            model,
-            abstract,
-            lambda path, value: place(path, value, abstract[path], runtime.quantization),
-            progress=progress,
+        if saved:
+            shapes = {path: placed_shape(path, leaf, runtime.quantization) for path, leaf in abstract.items()}
+            arrays = restore(directory, saved, shapes, progress=progress)
+        else:
+            arrays, _ = load(
+                directory,
+                model,
+                abstract,
+                lambda path, value: place(path, value, abstract[path], runtime.quantization),
+                progress=progress,
+            )
+        return cls(str(name), directory, processor, steps, steps.pack(arrays), progress)
+
+    def save_pretrained(self, path: str | Path, *, storage: Storage = "orbax") -> None:
+        """Saves the model as it lies in memory, quantized or not; `from_pretrained(path)` only has to read it.
+
+        Args:
+          path: the directory to write, which must not exist or must be empty.
+          storage: "orbax", or "safetensors", which other programs read too.
+
+        Raises:
+          CheckpointError: there is something at `path`.
+        """
+        save(
+            Path(path),
+            self.steps.unpack(self.weights),
+            name=self.name,
+            source=self.directory,
+            quantization=self.steps.runtime.quantization,
+            storage=storage,
+            progress=self._progress,
         )
-        return cls(processor, steps, steps.pack(arrays), progress)
 
     def generate(
         self,

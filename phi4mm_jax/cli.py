@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4mm_jax.config import ModelConfig, models, parse_settings
@@ -86,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with the model, with /image and /audio")
     chat.set_defaults(command=_chat)
 
+    quantize = commands.add_parser("quantize", help="save a model in few bits, to be loaded in seconds")
+    quantize.add_argument("model", metavar="SRC", help=_MODEL_HELP.partition(" (")[0])
+    quantize.add_argument("out", type=Path, metavar="DST", help="directory to write, which must not exist")
+    quantize.add_argument(
+        "--storage", default="orbax", choices=("orbax", "safetensors"), help="how arrays are written (%(default)s)"
+    )
+    quantize.set_defaults(command=_quantize)
+
     demo = commands.add_parser("demo", help="let the small bundled model hear, read and answer; downloads nothing")
     demo.set_defaults(command=_demo, revision=None)
 
@@ -97,13 +106,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=_MODEL_HELP)
         command.add_argument("--system", metavar="S", help="system message")
         _add_sampling(command)
-    for command in (generate, chat, demo):
+    for command in (generate, chat, quantize, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
         command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8 or int4")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
-    for command in (generate, chat, info):
+    quantize.set_defaults(quantize="int8")
+    for command in (generate, chat, quantize, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
-    for command in (generate, chat, demo, info):
+    for command in (generate, chat, quantize, demo, info):
         command.add_argument("--config", default="auto", metavar="P", help="preset name or TOML file (%(default)s)")
         command.add_argument(
             "--set", action="append", default=[], metavar="K=V", help="change a setting, such as engine.max_batch=8"
@@ -200,6 +210,13 @@ def _prompt(args: argparse.Namespace, may_be_empty: bool) -> str:
 def _chat(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
     TerminalChat(_load(args), args.system, sampling).run()
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from phi4mm_jax.weights.saved import check_new
+
+    check_new(args.out)
+    _load(args).save_pretrained(args.out, storage=args.storage)
 
 
 def _demo(args: argparse.Namespace) -> None:

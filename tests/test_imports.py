@@ -27,7 +27,7 @@ RULES: dict[str, set[str]] = {
     },
     "phi4mm_jax.models": {"jax", "flax", *_NUMERIC, "phi4mm_jax.config", "pallas_kernels"},
     "phi4mm_jax.weights": {
-        *("jax", "flax", *_NUMERIC, "huggingface_hub", "tqdm"),
+        *("jax", "flax", *_NUMERIC, "huggingface_hub", "orbax", "safetensors", "tqdm"),
         *("phi4mm_jax.config", "phi4mm_jax.models"),
     },
     "phi4mm_jax.runtime": {

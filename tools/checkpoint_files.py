@@ -17,6 +17,7 @@ from phi4mm_jax.config import LoraConfig, ModelConfig
 from phi4mm_jax.models.lora import ADAPTERS
 from phi4mm_jax.weights.mapping import Entry, Layout, adapter_of, entries
 from phi4mm_jax.weights.reader import ADAPTER_FILE, INDEX_NAME
+from phi4mm_jax.weights.saved import new_directory
 
 RELEASED = Path(__file__).parents[1] / "configs" / "model" / "phi4mm.toml"
 SHARD_BYTES = 5_000_000_000
@@ -124,27 +125,18 @@ def write_checkpoint(
       progress: show a bar.
 
     Raises:
-      FileExistsError: `out` holds something.
+      CheckpointError: `out` holds something.
       FileNotFoundError: `tokenizer` has no `tokenizer.json`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: already exists; name a new directory")
     if tokenizer and not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{tokenizer}: no tokenizer.json there")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(out) as partial:
         for name, value in config_files(config, layout).items():
             write_json(partial / name, value)
         for name in TOKENIZER_FILES if tokenizer else ():
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, partial / name)
         _write_weights(partial, plan(config, layout, shard_bytes, unused), values, progress)
-        partial.replace(out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial)
-        raise
 
 
 def _write_weights(directory: Path, files: dict[str, list[Entry]], values: Values, progress: bool) -> None:

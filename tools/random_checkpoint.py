@@ -23,6 +23,7 @@ import numpy as np
 
 from phi4mm_jax.config import ConfigError, ModelConfig
 from phi4mm_jax.weights.mapping import Entry
+from phi4mm_jax.weights.reader import CheckpointError
 from tools.checkpoint_files import ITEM_BYTES, RELEASED, write_checkpoint
 
 
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokenizer=options.tokenizer,
             progress=True,
         )
-    except (ConfigError, OSError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -120,6 +120,14 @@ class Steps:
         """Orders placed leaves for the programs."""
         return Weights(*(tuple(arrays[f"{n}.{p}"] for p in t.paths) for n, t in self._towers.items()))
 
+    def unpack(self, weights: Weights) -> dict[str, jax.Array]:
+        """The leaves by their dotted paths: the inverse of `pack`."""
+        return {
+            f"{n}.{p}": leaf
+            for (n, t), tower in zip(self._towers.items(), weights, strict=True)
+            for p, leaf in zip(t.paths, tower, strict=True)
+        }
+
     # --- state -----------------------------------------------------------------------------------------------
 
     def state_shapes(self, batch: int, length: int) -> DecodeState:

@@ -18,17 +18,17 @@ from phi4mm_jax.models.lora import ADAPTERS
 from phi4mm_jax.weights.mapping import adapter_of
 from phi4mm_jax.weights.reader import ADAPTER_FILE, INDEX_NAME, read_index
 
-_SMALL_FILES = (
+CONFIGURATION_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    INDEX_NAME,
     *(f"{adapter}-lora/adapter_config.json" for adapter in ADAPTERS),
 )
-
+"""What a checkpoint has besides tensors."""
+_SMALL_FILES = (*CONFIGURATION_FILES, INDEX_NAME)
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "assets" / "nano"}
 """Checkpoints that come with the package."""

@@ -6,20 +6,19 @@ import dataclasses
 import logging
 import math
 import mmap
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.weights.mapping import RULES, TIED_HEAD, Entry, entries
+from phi4mm_jax.weights.progress import track
 from phi4mm_jax.weights.reader import CheckpointError, StoredTensor, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ Placed = TypeVar("Placed")
 
 _READERS = 4  # threads; what they hold is not yet placed, so few
 _SCRATCH_BYTES = 4_000_000  # converted at a time
-_SECONDS_PER_LINE = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +105,20 @@ def load(
     directory = Path(directory)
     assignments, skipped = _assign(directory, read_checkpoint(directory), config, abstract)
     placed: dict[str, Placed] = {}
-    for assignment, value in _with_progress(_read_ahead(assignments), assignments, progress):
+    num_bytes = sum(a.tensor.nbytes for a in assignments)
+    for assignment, value in track(
+        _read_ahead(assignments),
+        lambda pair: pair[0].tensor.nbytes,
+        action="Loading weights",
+        of="tensors",
+        count=len(assignments),
+        total=num_bytes,
+        show=progress,
+    ):
         placed[assignment.entry.path] = place(assignment.entry.path, value)
     report = LoadReport(
         num_tensors=len(assignments),
-        num_bytes=sum(a.tensor.nbytes for a in assignments),
+        num_bytes=num_bytes,
         seconds=time.monotonic() - start,
         skipped=skipped,
     )
@@ -170,22 +177,3 @@ def _read_ahead(assignments: Iterable[_Assignment]) -> Iterator[tuple[_Assignmen
         while pending:
             done, value = pending.popleft()
             yield done, value.result()
-
-
-def _with_progress(
-    values: Iterable[tuple[_Assignment, np.ndarray]], assignments: Sequence[_Assignment], show: bool
-) -> Iterator[tuple[_Assignment, np.ndarray]]:
-    """Passes the values on, reporting on standard error how many bytes of all the assignments are done."""
-    total = sum(a.tensor.nbytes for a in assignments)
-    terminal = sys.stderr.isatty()
-    done, last_line = 0, time.monotonic()
-    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not (show and terminal)) as bar:
-        for count, (assignment, value) in enumerate(values, start=1):
-            yield assignment, value
-            done += assignment.tensor.nbytes
-            bar.update(assignment.tensor.nbytes)
-            now = time.monotonic()
-            if show and not terminal and (now - last_line > _SECONDS_PER_LINE or count == len(assignments)):
-                last_line = now
-                tensors, size = f"{count} of {len(assignments)} tensors", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
-                print(f"Loading weights: {tensors}, {size}", file=sys.stderr, flush=True)

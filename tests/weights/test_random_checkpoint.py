@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phi4mm_jax.config import ModelConfig
-from phi4mm_jax.weights.reader import read_checkpoint
+from phi4mm_jax.weights.reader import CheckpointError, read_checkpoint
 from tools.checkpoint_files import config_files, plan, shard_header, shard_index, write_json
 from tools.random_checkpoint import RandomValues, main
 
@@ -65,7 +65,7 @@ def test_tokenizer_is_copied(write: Callable[..., Path], tmp_path: Path) -> None
 
 def test_existing_directory_is_kept(write: Callable[..., Path]) -> None:
     before = contents(write())
-    with pytest.raises(FileExistsError, match="already exists"):
+    with pytest.raises(CheckpointError, match="already exists"):
         write()
     assert main([str(write("other"))]) == 1
     assert contents(write("again")) == before
