@@ -95,21 +95,49 @@ def quantize(w: jax.Array, form: Format) -> QuantizedArray:
 def _quantize_rows(w: jax.Array, bits: int, size: int) -> tuple[jax.Array, jax.Array]:
     """Values [R, K] and scales [R, K / size] of w [R, K]."""
     groups = w.astype(jnp.float32).reshape(w.shape[0], -1, size)
-    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scales = best_scales(groups, bits, w.dtype)
+    values = jnp.clip(jnp.round(groups / scales.astype(jnp.float32)), *value_limits(bits))
+    dtype = jnp.int4 if bits == 4 else jnp.int8
+    return values.reshape(w.shape).astype(dtype), scales[..., 0]
+
+
+def best_scales(
+    groups: jax.typing.ArrayLike,
+    bits: int,
+    dtype: jax.typing.DTypeLike,
+    importance: jax.Array | None = None,
+) -> jax.Array:
+    """Finds the scale with which each group is rounded with the least squared error.
+
+    Args:
+      groups: float32 [R, G, size].
+      bits: of a value.
+      dtype: of the scales.
+      importance: float32 [size], factor on the squared error of each column; None: all are equal.
+
+    Returns:
+      [R, G, 1] of `dtype`.
+    """
     extreme = jnp.take_along_axis(groups, jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True), axis=-1)
     best_error = jnp.full(extreme.shape, jnp.inf, jnp.float32)
     best = jnp.ones_like(extreme)
     # The range reaches one further on one side: the extreme value may be given either.
-    for end, ratio in ((end, ratio) for end in (lowest, highest) for ratio in _RATIOS):
-        scale = (extreme * (ratio / end)).astype(w.dtype).astype(jnp.float32)
+    for end, ratio in ((end, ratio) for end in value_limits(bits) for ratio in _RATIOS):
+        scale = (extreme * (ratio / end)).astype(dtype).astype(jnp.float32)
         scale = jnp.where(scale == 0, 1.0, scale)
-        rounded = jnp.clip(jnp.round(groups / scale), lowest, highest) * scale
-        error = jnp.sum(jnp.square(rounded - groups), axis=-1, keepdims=True)
+        rounded = jnp.clip(jnp.round(groups / scale), *value_limits(bits)) * scale
+        errors = jnp.square(rounded - groups)
+        if importance is not None:
+            errors *= importance.reshape(1, 1, -1)
+        error = jnp.sum(errors, axis=-1, keepdims=True)
         best = jnp.where(error < best_error, scale, best)
         best_error = jnp.minimum(error, best_error)
-    values = jnp.clip(jnp.round(groups / best), lowest, highest)
-    dtype = jnp.int4 if bits == 4 else jnp.int8
-    return values.reshape(w.shape).astype(dtype), best[..., 0].astype(w.dtype)
+    return best.astype(dtype)
+
+
+def value_limits(bits: int) -> tuple[int, int]:
+    """The lowest and the highest value."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def take(w: jax.Array | QuantizedArray, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

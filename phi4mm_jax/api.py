@@ -16,9 +16,11 @@ import numpy as np
 
 from phi4mm_jax.answer import Answer, Output, Piece, Usage
 from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig, quantization_settings
+from phi4mm_jax.processing.conversations import read_conversations
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
 from phi4mm_jax.runtime.buckets import round_up
+from phi4mm_jax.runtime.calibration import calibrate
 from phi4mm_jax.runtime.compilation import set_up_compilation
 from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
@@ -130,6 +132,45 @@ class Phi4MM:
                 progress=progress,
             )
         return cls(str(name), directory, processor, steps, steps.pack(arrays), progress)
+
+    def quantize(
+        self,
+        calibration: str | Path | Sequence[Sequence[Message]],
+        form: str | int = "int4",
+        **settings: Any,
+    ) -> None:
+        """Quantizes the model, in place, by what it computes on conversations: with less error than while loading.
+
+        The decoder's projections are rounded by GPTQ, from the first layer to the last, everything else as
+        `from_pretrained(quantize=...)` does it.
+
+        Args:
+          calibration: conversations with their answers, like those that the model is for, or a JSONL file of them, a
+            line each: `{"messages": [...]}`. A hundred or two will do.
+          form: as `quantize` of `from_pretrained`.
+          **settings: of section `quantization`.
+
+        Raises:
+          ConfigError: a setting is wrong, or the model is quantized already.
+          ChatError, MediaError, PromptError, RequestError: a conversation is wrong.
+        """
+        if self.steps.runtime.quantization.quantizes:
+            raise ConfigError("quantize: the model is quantized already; load it without")
+        runtime = runtime_config(self.steps.runtime, None, form, quantization=settings)
+        conversations = read_conversations(calibration) if isinstance(calibration, (str, Path)) else calibration
+        prompts = []
+        for i, messages in enumerate(conversations):
+            try:
+                prompts.append(self.processor.conversation(messages, add_generation_prompt=False))
+            except ValueError as error:
+                raise type(error)(f"calibration[{i}]: {error}") from error
+        leaves = self.steps.unpack(self.weights)
+        self._idle = self.weights = None  # what has been quantized is not kept
+        try:
+            calibrate(self.steps, leaves, prompts, runtime.quantization, self._progress)
+        finally:
+            self.weights = self.steps.pack(leaves)
+        self.steps = Steps(self.steps.model, runtime, self.steps.mesh)
 
     def save_pretrained(self, path: str | Path, *, storage: Storage = "orbax") -> None:
         """Saves the model as it lies in memory, quantized or not; `from_pretrained(path)` only has to read it.

@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--storage", default="orbax", choices=("orbax", "safetensors"), help="how arrays are written (%(default)s)"
     )
+    quantize.add_argument("--calibration", metavar="FILE", help="JSONL of conversations from which to round better")
     quantize.set_defaults(command=_quantize)
 
     demo = commands.add_parser("demo", help="let the small bundled model hear, read and answer; downloads nothing")
@@ -213,10 +214,17 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    from phi4mm_jax.processing.conversations import read_conversations
     from phi4mm_jax.weights.saved import check_new
 
     check_new(args.out)
-    _load(args).save_pretrained(args.out, storage=args.storage)
+    if args.calibration is None:
+        model = _load(args)
+    else:
+        conversations, form, args.quantize = read_conversations(args.calibration), args.quantize, None
+        model = _load(args)
+        model.quantize(conversations, form)
+    model.save_pretrained(args.out, storage=args.storage)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import cpu, reference
+from pallas_kernels.observed import Observed
 from pallas_kernels.quantized import QuantizedArray
 
 BACKENDS = {"cpu": cpu.matmul, "xla": reference.matmul}
@@ -11,7 +12,7 @@ BACKENDS = {"cpu": cpu.matmul, "xla": reference.matmul}
 
 def matmul(
     x: jax.Array,
-    w: jax.Array | QuantizedArray,
+    w: jax.Array | QuantizedArray | Observed,
     *,
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: dispatch.Implementation = None,
@@ -20,7 +21,7 @@ def matmul(
 
     Args:
       x: [..., K] activations, any float type; cast to the weight's type before the product.
-      w: [N, K] weight, any float type, or quantized.
+      w: [N, K] weight, any float type, quantized, or observed.
       out_dtype: type of the result; default x's.
       implementation: see `dispatch.run`.
 
@@ -32,5 +33,8 @@ def matmul(
     """
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
+    if isinstance(w, Observed):
+        w.see(x)
+        w = w.weight
     out_dtype = x.dtype if out_dtype is None else out_dtype
     return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)

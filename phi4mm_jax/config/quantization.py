@@ -32,6 +32,11 @@ class QuantizationConfig(Settings):
     keep: tuple[str, ...] = ()
     """Leaves that are left as they are: patterns such as "text.layers.0.*"."""
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is held in few bits."""
+        return any(form != "none" for form in (self.decoder, self.adapters, self.embedding, self.encoders))
+
     def format_of(self, path: str, ndim: int) -> WeightFormat:
         """The format of a leaf, given its dotted path and number of dimensions."""
         tower, *_, name = path.split(".")

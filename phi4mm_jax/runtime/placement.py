@@ -21,7 +21,7 @@ def placed_shape(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConf
     Raises:
       ConfigError: the leaf cannot have the format that is asked for.
     """
-    form = _format(path, leaf, config)
+    form = format_of(path, leaf, config)
     if form is None:
         return leaf
     rows, columns = leaf.shape
@@ -49,16 +49,28 @@ def place(path: str, value: np.ndarray, leaf: jax.ShapeDtypeStruct, config: Quan
       leaf: shape, dtype and sharding that it has without quantization.
       config: what is quantized.
     """
-    placed = jax.device_put(value, leaf.sharding)
-    form = _format(path, leaf, config)
-    if form is None:
-        return placed
-    shape = placed_shape(path, leaf, config)
-    quantized = jax.device_put(quantize(placed, form), jax.tree.map(lambda s: s.sharding, shape))
-    return jax.block_until_ready(quantized)  # or the whole model would wait in its first form
+    return quantize_leaf(jax.device_put(value, leaf.sharding), path, leaf, config)
 
 
-def _format(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Format | None:
+def quantize_leaf(placed: jax.Array, path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Leaf:
+    """Quantizes a placed leaf, if the configuration says so; the other arguments are those of `place`."""
+    form = format_of(path, leaf, config)
+    return placed if form is None else place_as(quantize(placed, form), path, leaf, config)
+
+
+def place_as(quantized: QuantizedArray, path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Leaf:
+    """Puts a quantized leaf where `placed_shape` says."""
+    shardings = jax.tree.map(lambda shape: shape.sharding, placed_shape(path, leaf, config))
+    # Wait, or the whole model would wait in its first form.
+    return jax.block_until_ready(jax.device_put(quantized, shardings))
+
+
+def format_of(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Format | None:
+    """The format of a leaf, None if it is not quantized.
+
+    Raises:
+      ConfigError: the leaf cannot have the format that is asked for.
+    """
     match config.format_of(path, len(leaf.shape)):
         case "none":
             return None

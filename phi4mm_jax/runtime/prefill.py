@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,6 +104,11 @@ def run_prefill(
     Returns:
       The caches (the given ones are donated), hidden states [R, T, D], and those of each last real token [R, D].
     """
+    return steps.prefill(weights.text, caches, *prefill_arguments(steps, call))
+
+
+def prefill_arguments(steps: Steps, call: PrefillCall) -> tuple[Any, ...]:
+    """What a call gives to the prefill step, after the weights and the caches."""
     tokens = np.full((len(call.rows), call.size), steps.model.tokens.pad, np.int32)
     for i, (row, start) in enumerate(zip(call.rows, call.starts, strict=True)):
         part = row.tokens[start : start + call.size]
@@ -110,9 +116,7 @@ def run_prefill(
     media, is_media = _place_media(steps, call)
     last = np.minimum(call.starts + call.size, call.lengths) - call.starts - 1
     adapters = adapter_rows([row.adapter for row in call.rows])
-    return steps.prefill(
-        weights.text, caches, tokens, media, is_media, call.slots, call.starts, last, call.use_long, adapters
-    )
+    return tokens, media, is_media, call.slots, call.starts, last, call.use_long, adapters
 
 
 def _place_media(steps: Steps, call: PrefillCall) -> tuple[jax.Array | None, np.ndarray | None]:

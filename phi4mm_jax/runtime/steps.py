@@ -20,6 +20,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pallas_kernels.dispatch import prefer
+from pallas_kernels.observed import Observed
+from pallas_kernels.products import einsum
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
@@ -84,6 +86,7 @@ class Steps:
         self.encode_audio = compile_step(self._encode_audio)
         self.place_media = self._compile(self._place_media, donate=(0,))
         self.prefill = self._compile(self._prefill, donate=(1,))
+        self.prefill_observed = self._compile(self._prefill_observed, donate=(1,), static=("paths",))
         self.logits = compile_step(self._logits)
         self.install = self._compile(self._install, donate=(0,))
         self.begin = self._compile(self._begin, donate=(1,), static=("kind",))
@@ -218,6 +221,34 @@ class Steps:
         )
         hidden, caches = text(x, positions, use_long, adapters, attend, caches)
         return caches, hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+    def _prefill_observed(
+        self, leaves: Leaves, caches: list[LayerCache], *arguments: Any, valid: jax.Array, paths: frozenset[str]
+    ) -> tuple[list[LayerCache], dict[str, jax.Array]]:
+        """Prefills, and sums x x^T over the inputs x of some weights.
+
+        Args:
+          leaves: of the decoder.
+          caches: as in `_prefill`.
+          *arguments: the others of `_prefill`.
+          valid: [R, T] bool, the positions that count.
+          paths: weights, dotted, the tower left out.
+
+        Returns:
+          The caches, and path to float32 [K, K].
+        """
+        moments: dict[str, jax.Array] = {}
+
+        def observed(path: str, leaf: jax.Array) -> jax.Array | Observed:
+            def see(x: jax.Array) -> None:
+                seen = jnp.where(valid[..., None], x, 0).reshape(-1, x.shape[-1])
+                moments[path] = einsum("tj,tk->jk", seen, seen)
+
+            return Observed(leaf, see) if path in paths else leaf
+
+        watched = tuple(map(observed, self._towers["text"].paths, leaves))
+        caches, *_ = self._prefill(watched, caches, *arguments)
+        return caches, moments
 
     def _logits(self, leaves: Leaves, hidden: jax.Array) -> jax.Array:
         """Hidden states [R, T, D] -> float32 [R, T, V]."""
