@@ -14,8 +14,8 @@ from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.weights.hub import BUNDLED
-from tools.nano import conversations, vocabulary
-from tools.nano.batches import Run, TextBatches, Writer, image_arrays
+from tools.nano import batches, conversations, vocabulary
+from tools.nano.batches import Run, TextBatches, Writer, image_arrays, label_arrays
 from tools.nano.marks import IGNORED, LABELS, Picture, patch_labels
 from tools.nano.recordings import text_of
 from tools.nano.tokenizer import tokenizer_files
@@ -127,6 +127,44 @@ def test_patch_labels_follow_the_crops() -> None:
     np.testing.assert_array_equal(labels == IGNORED, ~features.mask.reshape(3, -1))
     assert np.argwhere(labels[1:] == LABELS["a"]).tolist() == [[1, 8 + 2]]
     assert np.argwhere(labels[0] == LABELS["a"]).ravel().tolist() == [8 + 5]  # squeezed to half its width
+
+
+def cells_of(run: Run, picture: Picture) -> set[tuple[str, ...]]:
+    """What the trainer says that the cells of a picture's global view show."""
+    image = image_features(picture.image, CONFIG.vision)
+    named = label_arrays(run, [picture], [image], 8)["named"]
+    assert named.shape == (8 * 16, 2)
+    assert (named[len(image.crops) * 16 :] == -1).all()  # padding
+    words = {tuple(run.tokenizer.decode([t]).strip() for t in cell if t >= 0) for cell in named[:16]}
+    return words - {()}
+
+
+def test_cells_are_named_by_what_they_show(run: Run) -> None:
+    side = CONFIG.vision.image_size
+    blank = Image.new("RGB", (side, side))
+    boxes = [(0.0, 0.0, 40.0, 30.0), (40.0, 0.0, 80.0, 30.0), (0.0, 60.0, 40.0, 100.0)]
+    marks = tuple((LABELS[letter], *box) for letter, box in zip("on7", boxes, strict=True))
+    assert cells_of(run, Picture(blank, "on 7", None, marks, 24.0, True)) == {("on",), ("7",)}
+    marks = tuple((LABELS[digit], *box) for digit, box in zip("42", boxes[:2], strict=True))
+    assert cells_of(run, Picture(blank, "42", None, marks, 24.0, True)) == {("4", "2")}
+    heart = ((LABELS["heart"], 10.0, 10.0, 90.0, 90.0),)
+    assert cells_of(run, Picture(blank, "", ("red", "heart"), heart, 0.0, True)) == {("red", "heart")}
+
+
+def test_a_picture_of_one_tile_is_seen_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1 + 1 + 2 + 7 + 7 + 7 + 7 crops; one more picture does not fit.
+    sizes = iter(((112, 112), (112, 112), (60, 112), (300, 200), *[(336, 224)] * 4))
+
+    def draw(*_: object) -> Picture:
+        return Picture(
+            Image.new("RGB", next(sizes)), "", ("red", "heart"), ((LABELS["heart"], 1, 1, 40, 40),), 0.0, True
+        )
+
+    monkeypatch.setattr(batches, "random_picture", draw)
+    batch = batches.SeeingBatches(run, rise=0.5)(0)
+    assert not list(sizes)
+    assert batch.labels.shape == batch.prints.shape == (32, 64)
+    assert (batch.labels != IGNORED).any(axis=1).all()
 
 
 def test_image_index_points_into_padded_crops(run: Run) -> None:

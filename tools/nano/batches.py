@@ -16,8 +16,9 @@ from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from tools.nano.conversations import SYSTEM, TRANSCRIBE, Turns, text_conversation
-from tools.nano.marks import IGNORED, LABEL_NAMES, Picture, patch_labels, patch_words
+from tools.nano.marks import IGNORED, LABEL_NAMES, PRINTS, Picture, patch_labels, patch_prints
 from tools.nano.network import LETTERS, Batch
+from tools.nano.pictures import TILE
 from tools.nano.questions import answer_about, ask_about_one, ask_about_two, random_picture
 from tools.nano.recordings import Recordings
 from tools.nano.vocabulary import QUESTION_KINDS, SHAPES, WORDS
@@ -200,6 +201,39 @@ def _classes(texts: Iterable[Iterable[str]], alphabet: Sequence[str], length: in
 # --- pictures ------------------------------------------------------------------------------------------------
 
 
+class SeeingBatches:
+    """Pictures without questions, as many as fill the crops; they grow harder as the training goes on."""
+
+    _CROPS = 32
+    _TILES, _SHARES = ((1, 1), (2, 1), (3, 2)), (0.84, 0.1, 0.06)
+
+    def __init__(self, run: Run, rise: float):
+        """Opens the data; over a share `rise` of the training everything grows as hard as it gets."""
+        self._run, self._rise = run, rise * run.steps
+
+    def __call__(self, index: int) -> Batch:
+        """Makes batch `index`."""
+        rng = self._run.random(index)
+        tiles = rng.choices(self._TILES, self._SHARES)[0]
+        pictures, images, crops = [], [], 0
+        while True:
+            picture = random_picture(rng, min(index / self._rise, 1.0), tiles)
+            image = image_features(picture.image, self._run.config.vision)
+            if picture.image.size == (TILE, TILE):
+                image = _without_global_view(image)  # which shows just the same
+            crops += len(image.crops)
+            if crops > self._CROPS:
+                break
+            pictures.append(picture)
+            images.append(image)
+        arrays = _crop_arrays(images, self._CROPS)
+        return Batch(**arrays, **label_arrays(self._run, pictures, images, self._CROPS))
+
+
+def _without_global_view(image: ImageFeatures) -> ImageFeatures:
+    return dataclasses.replace(image, crops=image.crops[1:], mask=image.mask[1:], position_ids=image.position_ids[1:])
+
+
 class VisionBatches:
     """One or two pictures with a question; they grow harder as the training goes on."""
 
@@ -238,7 +272,7 @@ class VisionBatches:
             all_shown += shown
         batch = self._writer.batch(rows, length, rng)
         arrays = image_arrays(self._run.config, batch.tokens, images, crops)
-        return batch._replace(**arrays, **label_arrays(self._run, all_shown, crops))
+        return batch._replace(**arrays, **label_arrays(self._run, all_shown, sum(images, []), crops))
 
 
 def image_arrays(
@@ -249,7 +283,6 @@ def image_arrays(
 ) -> dict[str, np.ndarray]:
     """The image fields of a batch: crops of all rows in a line, padded to `num_crops` with crops of nothing."""
     vision = config.vision
-    flat = [image for row in images for image in row]
     index = np.full(tokens.shape, -1, np.int32)
     crop = 0
     for row, is_image, pictures in zip(index, tokens == config.tokens.image, images, strict=True):
@@ -259,33 +292,49 @@ def image_arrays(
             parts.append(np.where(picture.layout < 0, separator, crop * vision.tokens_per_crop + picture.layout))
             crop += len(picture.crops)
         row[is_image] = np.concatenate(parts)
+    return _crop_arrays([image for row in images for image in row], num_crops) | {"image_index": index}
+
+
+def _crop_arrays(images: Sequence[ImageFeatures], num_crops: int) -> dict[str, np.ndarray]:
     return {
-        "crops": _joined([image.crops for image in flat], num_crops, 0.0),
-        "mask": _joined([image.mask.reshape(len(image.mask), -1) for image in flat], num_crops, True),
-        "positions": _joined([image.position_ids for image in flat], num_crops, 0),
-        "image_index": index,
+        "crops": _joined([image.crops for image in images], num_crops, 0.0),
+        "mask": _joined([image.mask.reshape(len(image.mask), -1) for image in images], num_crops, True),
+        "positions": _joined([image.position_ids for image in images], num_crops, 0),
     }
 
 
-def label_arrays(run: Run, pictures: Sequence[Picture], num_crops: int) -> dict[str, np.ndarray]:
-    """The label fields of a batch, in the order of its crops."""
+def label_arrays(
+    run: Run, pictures: Sequence[Picture], images: Sequence[ImageFeatures], num_crops: int
+) -> dict[str, np.ndarray]:
+    """The label fields of a batch, in the order of its crops; of each picture the last ones, which `images` has."""
     vision = run.config.vision
-    labels = _joined([patch_labels(picture, vision) for picture in pictures], num_crops, IGNORED)
-    prints = _joined([patch_words(picture, vision) for picture in pictures], num_crops, IGNORED)
-    of_label = [_token(run.tokenizer, name) if name.isdigit() or name in SHAPES else -1 for name in LABEL_NAMES]
-    of_word = [-1, *(_token(run.tokenizer, word) for word in WORDS)]
-    tokens = np.maximum(np.array(of_label)[np.maximum(labels, 0)], np.array(of_word)[np.maximum(prints, 0)])
-    # A cell of two by two patches takes the token of the first that has one.
+    shown = list(zip(pictures, images, strict=True))
+    labels, prints = (
+        _joined([label(picture, vision)[-len(image.crops) :] for picture, image in shown], num_crops, IGNORED)
+        for label in (patch_labels, patch_prints)
+    )
+    tokens = _print_tokens(run.tokenizer)[np.maximum(prints, 0)]
+    shapes = _shape_tokens(run.tokenizer)[np.maximum(labels, 0)]
+    tokens[..., 1] = np.maximum(tokens[..., 1], shapes)  # a figure's colour, then its shape
+    # A cell of two by two patches takes the tokens of the first that has any.
     side = vision.tokens_per_side
-    cells = tokens.reshape(num_crops, side, 2, side, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
-    named = cells[np.arange(len(cells)), (cells >= 0).argmax(axis=1)].astype(np.int32)
+    cells = tokens.reshape(num_crops, side, 2, side, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 2)
+    named = cells[np.arange(len(cells)), (cells[..., 0] >= 0).argmax(axis=1)]
     return {"labels": labels, "prints": prints, "named": named}
 
 
 @functools.cache
-def _token(tokenizer: Tokenizer, word: str) -> int:
-    """The token of a word as it stands after a space, or of a digit."""
-    return tokenizer.encode(word if word.isdigit() else f" {word}", allow_special=False)[0]
+def _print_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """The token of each word of PRINTS as it stands after a space, or the digits of a number: [N, 2] int32."""
+    rows = [tokenizer.encode(name if name.isdigit() else f" {name}", allow_special=False) for name in PRINTS[1:]]
+    return np.array([(-1, -1), *((*row, -1)[:2] for row in rows)], np.int32)
+
+
+@functools.cache
+def _shape_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """The token of each shape of LABEL_NAMES, -1 of the others: [N] int32."""
+    tokens = _print_tokens(tokenizer)[:, 0]
+    return np.array([tokens[PRINTS.index(name)] if name in SHAPES else -1 for name in LABEL_NAMES], np.int32)
 
 
 def _joined(arrays: Sequence[np.ndarray], length: int, fill: float) -> np.ndarray:
@@ -332,5 +381,5 @@ class SpokenBatches:
         ]
         batch = self._writer.batch(rows, 112, rng)
         arrays = image_arrays(self._run.config, batch.tokens, images, 2 * self._ROWS)
-        arrays |= label_arrays(self._run, pictures, 2 * self._ROWS)
+        arrays |= label_arrays(self._run, pictures, sum(images, []), 2 * self._ROWS)
         return batch._replace(features=features, frames=counts, **arrays)

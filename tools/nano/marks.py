@@ -18,6 +18,8 @@ NUM_LABELS = len(LABEL_NAMES)
 IGNORED = -1
 """Label of a patch that is padding."""
 LABELS = {name: label for label, name in enumerate(LABEL_NAMES)}
+PRINTS = ("", *WORDS, *map(str, range(100)))
+"""What can be printed as a whole; class 0 is background. A figure counts as its colour."""
 
 _COVERAGE = 0.25  # of a patch; a mark that covers less counts where its centre lies
 _LARGE_PRINT = 24
@@ -74,11 +76,11 @@ def patch_labels(picture: Picture, config: VisionConfig) -> np.ndarray:
     return np.concatenate([view.reshape(1, -1), tiles])
 
 
-def patch_words(picture: Picture, config: VisionConfig) -> np.ndarray:
-    """Names the word of the vocabulary, counted from 1, that each patch shows a part of: as `patch_labels`."""
-    letters = [word for word in picture.text.split() for _ in word]
-    classes = [WORDS.index(word) + 1 if word in WORDS else 0 for word in letters] or [0] * len(picture.marks)
-    marks = tuple((label, *box) for label, (_, *box) in zip(classes, picture.marks, strict=True))
+def patch_prints(picture: Picture, config: VisionConfig) -> np.ndarray:
+    """Names the word or number of which each patch shows a part, or its figure's colour, as `patch_labels` does."""
+    colours = [] if picture.figure is None else [picture.figure[0]]
+    names = [word for word in picture.text.split() for _ in word] + colours
+    marks = tuple((PRINTS.index(name), *box) for name, (_, *box) in zip(names, picture.marks, strict=True))
     return patch_labels(dataclasses.replace(picture, marks=marks), config)
 
 

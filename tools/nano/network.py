@@ -19,7 +19,7 @@ from pallas_kernels.dispatch import prefer
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.models.phi4mm import Phi4MMModel
 from phi4mm_jax.models.text import Embedding
-from tools.nano.pictures import NUM_LABELS
+from tools.nano.marks import NUM_LABELS, PRINTS
 from tools.nano.vocabulary import WORDS
 
 Leaves = dict[str, jax.Array]
@@ -37,9 +37,9 @@ _WEIGHTS = {"answer": 1.0, "patches": 1.0, "prints": 1.0, "named": 0.5, "letters
 class Batch(NamedTuple):
     """One training batch; media that a stage does not use are None."""
 
-    tokens: np.ndarray  # [B, T] int32, placeholders expanded
-    targets: np.ndarray  # [B, T] bool: tokens that the model is to predict
-    use_long: np.ndarray  # [B] bool: rope regime
+    tokens: np.ndarray | None = None  # [B, T] int32, placeholders expanded
+    targets: np.ndarray | None = None  # [B, T] bool: tokens that the model is to predict
+    use_long: np.ndarray | None = None  # [B] bool: rope regime
     features: np.ndarray | None = None  # [B, LEAD + F, mel] float32
     frames: np.ndarray | None = None  # [B] int32
     letters: np.ndarray | None = None  # [B, N] int32 classes of what is said, 0 behind its end
@@ -49,8 +49,8 @@ class Batch(NamedTuple):
     positions: np.ndarray | None = None  # [C, P] int32
     image_index: np.ndarray | None = None  # [B, T] int32: row of the image tokens, -1 where there is none
     labels: np.ndarray | None = None  # [C, P] int32: letter or figure that each patch shows, -1 ignored
-    prints: np.ndarray | None = None  # [C, P] int32: word that each patch shows a part of, -1 ignored
-    named: np.ndarray | None = None  # [C * tokens_per_crop] int32: token that says what a cell shows, -1 for none
+    prints: np.ndarray | None = None  # [C, P] int32: word or number that each patch shows a part of, -1 ignored
+    named: np.ndarray | None = None  # [C * tokens_per_crop, 2] int32: tokens that say what a cell shows, -1 for none
 
 
 def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
@@ -61,7 +61,7 @@ def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
         "letters": (CTC_STEPS * (1 + len(LETTERS)), audio),
         "words": (1 + len(WORDS), audio),
         "patches": (NUM_LABELS, vision),
-        "prints": (1 + len(WORDS), vision),
+        "prints": (len(PRINTS), vision),
     }.items():
         shapes |= {f"aux.{name}.weight": (out, width), f"aux.{name}.bias": (out,)}
     rng = np.random.default_rng(seed)
@@ -118,10 +118,12 @@ class Network:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = self._module(leaves)
         losses: dict[str, jax.Array] = {}
-        patches, heard = self._see(model, batch), self._hear(model, batch)
+        patches, heard, seen = self._see(model, batch), self._hear(model, batch), None
         if patches is not None:
             losses["patches"] = _patch_loss(_head(leaves, "patches", patches), batch.labels)
             losses["prints"] = _patch_loss(_head(leaves, "prints", patches), batch.prints)
+            seen = model.vision.project(patches)
+            losses["named"] = _naming_loss(seen, model.text.embed, batch.named)
         if batch.letters is not None:
             counts = self._num_tokens(batch)
             spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)
@@ -129,9 +131,6 @@ class Network:
             losses["words"] = _ctc_loss(_head(leaves, "words", heard), counts, batch.words)
         metrics = {}
         if answers:
-            seen = None if patches is None else model.vision.project(patches)
-            if seen is not None:
-                losses["named"] = _naming_loss(seen, model.text.embed, batch.named)
             logits = self._answer(model, self._embed(model, batch, seen, heard), batch.use_long, adapter)
             losses["answer"], metrics = _answer_loss(logits[:, :-1], batch.tokens[:, 1:], batch.targets[:, 1:])
         return sum(_WEIGHTS[name] * loss for name, loss in losses.items()), losses | metrics
@@ -198,8 +197,8 @@ def _naming_loss(projected: jax.Array, embed: Embedding, named: jax.Array) -> ja
 
     They then lie near those words' embeddings, and the frozen decoder copies what is shown as it copies what is typed.
     """
-    logits = embed.attend(projected[: len(named)])
-    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(named, 0)), named >= 0)
+    likely = jax.nn.log_softmax(embed.attend(projected[: len(named)]))
+    return _mean(-jnp.take_along_axis(likely, jnp.maximum(named, 0), axis=1), named >= 0)
 
 
 def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:

@@ -186,7 +186,7 @@ def contact_sheet(seed: int, count: int = 48) -> Image.Image:
         if i % 4 == 3:
             picture = figure_picture(rng, difficulty, largest)
         else:
-            texts = [str(rng.randrange(1000)) if rng.random() < 0.3 else rng.choice(WORDS) for _ in range(i % 2 + 1)]
+            texts = [str(rng.randrange(100)) if rng.random() < 0.3 else rng.choice(WORDS) for _ in range(i % 2 + 1)]
             picture = text_picture(rng, texts, difficulty, largest)
         x, y = i % _COLUMNS * _CELL[0] + 4, i // _COLUMNS * _CELL[1] + 2
         answer = picture.text or " ".join(picture.figure)

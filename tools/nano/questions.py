@@ -73,8 +73,8 @@ def random_picture(rng: Random, hardest: float, tiles: tuple[int, int]) -> Pictu
 
 
 def random_print(rng: Random) -> str:
-    """Draws a word of the vocabulary or a number from 0 to 999."""
-    return str(rng.randrange(10 ** rng.randint(1, 3))) if rng.random() < 0.3 else rng.choice(WORDS)
+    """Draws a word of the vocabulary or a number from 0 to 99."""
+    return str(rng.randrange(10 ** rng.randint(1, 2))) if rng.random() < 0.3 else rng.choice(WORDS)
 
 
 def fits(picture: Picture, largest: tuple[int, int]) -> bool:

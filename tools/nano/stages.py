@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Callable
 from functools import partial
 
-from tools.nano.batches import Run, SpeechBatches, SpokenBatches, TextBatches, VisionBatches
+from tools.nano.batches import Run, SeeingBatches, SpeechBatches, SpokenBatches, TextBatches, VisionBatches
 from tools.nano.network import Batch
 
 
@@ -66,11 +66,12 @@ STAGES = {
         hears=True,
     ),
     "seeing": Stage(
-        trained=_EYE,
-        batches=partial(VisionBatches, rise=0.6),
-        steps=5000,
+        trained=(*_EYE, "vision.projector.*"),
+        batches=partial(SeeingBatches, rise=0.6),
+        steps=12000,
         learning_rate=1.5e-3,
         answers=False,
+        after=("comparing",),
     ),
     "speech": Stage(
         trained=_EAR + _SPEECH,
