@@ -7,15 +7,14 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
-
-from tqdm import tqdm
 
 from phi4mm_jax.config import LoraConfig, ModelConfig
 from phi4mm_jax.models.lora import ADAPTERS
 from phi4mm_jax.weights.mapping import Entry, Layout, adapter_of, entries
+from phi4mm_jax.weights.progress import track
 from phi4mm_jax.weights.reader import ADAPTER_FILE, INDEX_NAME
 from phi4mm_jax.weights.saved import new_directory
 
@@ -122,7 +121,7 @@ def write_checkpoint(
       tokenizer: directory with the tokenizer's files, which are copied.
       shard_bytes: most bytes of one shard.
       unused: see `plan`.
-      progress: show a bar.
+      progress: report it on standard error.
 
     Raises:
       CheckpointError: `out` holds something.
@@ -142,15 +141,20 @@ def write_checkpoint(
 def _write_weights(directory: Path, files: dict[str, list[Entry]], values: Values, progress: bool) -> None:
     if "model.safetensors" not in files:
         write_json(directory / INDEX_NAME, shard_index(files))
-    total = sum(map(_num_bytes, itertools.chain.from_iterable(files.values())))
-    with tqdm(total=total, desc="Writing", unit="B", unit_scale=True, disable=not progress) as bar:
+    everything = list(itertools.chain.from_iterable(files.values()))
+
+    def written() -> Iterator[Entry]:
         for name, unsorted in files.items():
             tensors = {_stored_name(e, name): e for e in sorted(unsorted, key=lambda e: e.name)}
             with (directory / name).open("wb") as file:
                 file.write(shard_header(tensors))
-                for chunk in itertools.chain.from_iterable(map(values.chunks, tensors.values())):
-                    file.write(chunk)
-                    bar.update(len(chunk))
+                for entry in tensors.values():
+                    file.writelines(values.chunks(entry))
+                    yield entry
+
+    work = {"action": "Writing", "of": "tensors", "count": len(everything), "total": sum(map(_num_bytes, everything))}
+    for _ in track(written(), _num_bytes, **work, show=progress):
+        pass
 
 
 # --- configuration files: the inverse of ModelConfig.from_checkpoint -----------------------------------------

@@ -217,7 +217,7 @@ class SeeingBatches:
         tiles = rng.choices(self._TILES, self._SHARES)[0]
         pictures, images, crops = [], [], 0
         while True:
-            picture = random_picture(rng, min(index / self._rise, 1.0), tiles)
+            picture = random_picture(rng, _hardest(index, self._rise), tiles)
             image = image_features(picture.image, self._run.config.vision)
             if picture.image.size == (TILE, TILE):
                 image = _without_global_view(image)  # which shows just the same
@@ -228,6 +228,11 @@ class SeeingBatches:
             images.append(image)
         arrays = _crop_arrays(images, self._CROPS)
         return Batch(**arrays, **label_arrays(self._run, pictures, images, self._CROPS))
+
+
+def _hardest(index: int, rise: float) -> float:
+    """Bound of the difficulty of a batch."""
+    return min(index / rise, 1.0) if rise else 1.0
 
 
 def _without_global_view(image: ImageFeatures) -> ImageFeatures:
@@ -245,21 +250,14 @@ class VisionBatches:
         (0.06, 12, 2, (1, 1), 48, 112),
     )
 
-    def __init__(self, run: Run, easy: float = 0.0, rise: float = 0.0):
-        """Opens the data.
-
-        Args:
-          run: what all stages share.
-          easy: share of the training with the easiest pictures alone, on which reading starts.
-          rise: share of the training after it in which everything grows as hard as it gets.
-        """
-        self._writer, self._run = Writer(run), run
-        self._easy, self._rise = easy * run.steps, rise * run.steps
+    def __init__(self, run: Run, rise: float = 0.0):
+        """Opens the data; over a share `rise` of the training everything grows as hard as it gets."""
+        self._writer, self._run, self._rise = Writer(run), run, rise * run.steps
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
         rng = self._run.random(index)
-        hardest = min(max((index - self._easy) / max(self._rise, 1), 0.0), 1.0)
+        hardest = _hardest(index, self._rise)
         kinds = self._KINDS if hardest > 0.15 else self._KINDS[:1]
         _, size, pictures, tiles, crops, length = rng.choices(kinds, [kind[0] for kind in kinds])[0]
         rows, images, all_shown = [], [], []

@@ -68,8 +68,8 @@ STAGES = {
     "seeing": Stage(
         trained=(*_EYE, "vision.projector.*"),
         batches=partial(SeeingBatches, rise=0.6),
-        steps=12000,
-        learning_rate=1.5e-3,
+        steps=9000,
+        learning_rate=1.2e-3,
         answers=False,
         after=("comparing",),
     ),
@@ -93,9 +93,9 @@ STAGES = {
     ),
     "vision": Stage(
         trained=_EYE + _VISION,
-        batches=partial(VisionBatches, easy=0.6, rise=0.5),
-        steps=5500,
-        learning_rate=1.5e-3,
+        batches=partial(VisionBatches, rise=0.2),
+        steps=2400,
+        learning_rate=1e-3,
         adapter="vision",
         after=("comparing", "seeing"),
     ),
