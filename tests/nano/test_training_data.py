@@ -14,7 +14,7 @@ from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.weights.hub import BUNDLED
-from tools.nano import batches, conversations, vocabulary
+from tools.nano import batches, conversations, questions, vocabulary
 from tools.nano.batches import Run, TextBatches, Writer, image_arrays, label_arrays
 from tools.nano.marks import IGNORED, LABELS, Picture, patch_labels
 from tools.nano.recordings import text_of
@@ -129,26 +129,37 @@ def test_patch_labels_follow_the_crops() -> None:
     assert np.argwhere(labels[0] == LABELS["a"]).ravel().tolist() == [8 + 5]  # squeezed to half its width
 
 
-def cells_of(run: Run, picture: Picture) -> set[tuple[str, ...]]:
-    """What the trainer says that the cells of a picture's global view show."""
+def cells_of(run: Run, picture: Picture) -> dict[int, tuple[str, ...]]:
+    """What the trainer wants the cells of a picture's global view to say, those left out that say nothing."""
     image = image_features(picture.image, CONFIG.vision)
-    named = label_arrays(run, [picture], [image], 8)["named"]
-    assert named.shape == (8 * 16, 2)
-    assert (named[len(image.crops) * 16 :] == -1).all()  # padding
-    words = {tuple(run.tokenizer.decode([t]).strip() for t in cell if t >= 0) for cell in named[:16]}
-    return words - {()}
+    arrays = label_arrays(run, [picture], [image], 8)
+    named, naming = arrays["named"], arrays["naming"]
+    assert named.shape == naming.shape == (8 * 16, 2)
+    assert not naming[len(image.crops) * 16 :].any()  # padding
+    return {
+        cell: tuple(run.tokenizer.decode([t]).strip() for t, weight in zip(*pair, strict=True) if weight == 1)
+        for cell, pair in enumerate(zip(named[:16], naming[:16], strict=True))
+        if (pair[1] == 1).any()
+    }
 
 
-def test_cells_are_named_by_what_they_show(run: Run) -> None:
+def test_cells_say_what_they_show_where_it_begins(run: Run) -> None:
     side = CONFIG.vision.image_size
-    blank = Image.new("RGB", (side, side))
-    boxes = [(0.0, 0.0, 40.0, 30.0), (40.0, 0.0, 80.0, 30.0), (0.0, 60.0, 40.0, 100.0)]
-    marks = tuple((LABELS[letter], *box) for letter, box in zip("on7", boxes, strict=True))
-    assert cells_of(run, Picture(blank, "on 7", None, marks, 24.0, True)) == {("on",), ("7",)}
-    marks = tuple((LABELS[digit], *box) for digit, box in zip("42", boxes[:2], strict=True))
-    assert cells_of(run, Picture(blank, "42", None, marks, 24.0, True)) == {("4", "2")}
-    heart = ((LABELS["heart"], 10.0, 10.0, 90.0, 90.0),)
-    assert cells_of(run, Picture(blank, "", ("red", "heart"), heart, 0.0, True)) == {("red", "heart")}
+    blank = Image.new("RGB", (side, side))  # 4 x 4 cells of 28 pixels
+    boxes = [(2.0, 2.0, 26.0, 26.0), (30.0, 2.0, 54.0, 26.0), (2.0, 60.0, 26.0, 82.0), (30.0, 60.0, 54.0, 82.0)]
+
+    def picture(text: str, boxes: list[tuple[float, ...]]) -> Picture:
+        marks = tuple((LABELS[c], *box) for c, box in zip(text.replace(" ", ""), boxes, strict=True))
+        return Picture(blank, text, None, marks, 24.0, True)
+
+    assert cells_of(run, picture("on in", boxes)) == {0: ("on",), 8: ("in",)}
+    assert cells_of(run, picture("42 7", boxes[:3])) == {0: ("4",), 1: ("2",), 8: ("7",)}
+    close = [(2.0, 2.0, 13.0, 26.0), (15.0, 2.0, 26.0, 26.0)]
+    assert cells_of(run, picture("42", close)) == {0: ("4", "2")}
+    heart = Picture(blank, "", ("red", "heart"), ((LABELS["heart"], 30.0, 30.0, 82.0, 82.0),), 0.0, True)
+    assert cells_of(run, heart) == {5: ("red",), 6: ("heart",)}
+    small = Picture(blank, "", ("red", "heart"), ((LABELS["heart"], 30.0, 30.0, 54.0, 54.0),), 0.0, True)
+    assert cells_of(run, small) == {5: ("red", "heart")}
 
 
 def test_a_picture_of_one_tile_is_seen_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +176,17 @@ def test_a_picture_of_one_tile_is_seen_once(run: Run, monkeypatch: pytest.Monkey
     assert not list(sizes)
     assert batch.labels.shape == batch.prints.shape == (32, 64)
     assert (batch.labels != IGNORED).any(axis=1).all()
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (3, 2)])
+def test_pictures_are_no_larger_than_meant(tiles: tuple[int, int]) -> None:
+    rng = Random(0)
+    try:
+        sizes = [questions.random_picture(rng, 1.0, tiles).image.size for _ in range(1500)]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))  # fonts
+    assert max(width for width, _ in sizes) <= 112 * tiles[0]
+    assert max(height for _, height in sizes) <= 112 * tiles[1]
 
 
 def test_image_index_points_into_padded_crops(run: Run) -> None:

@@ -16,13 +16,16 @@ from phi4mm_jax.processing.images import image_features
 from phi4mm_jax.processing.prompt import ROW_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from tools.nano.conversations import SYSTEM, TRANSCRIBE, Turns, text_conversation
-from tools.nano.marks import IGNORED, LABEL_NAMES, PRINTS, Picture, patch_labels, patch_prints
+from tools.nano.marks import IGNORED, Picture, by_cell, named_cells, patch_labels, patch_prints
 from tools.nano.network import LETTERS, Batch
 from tools.nano.pictures import TILE
 from tools.nano.questions import answer_about, ask_about_one, ask_about_two, random_picture
 from tools.nano.recordings import Recordings
-from tools.nano.vocabulary import QUESTION_KINDS, SHAPES, WORDS
+from tools.nano.vocabulary import QUESTION_KINDS, WORDS
 
+_NOTHING = "."
+"""What the image tokens say that say nothing."""
+_NOTHING_WEIGHT = 0.2
 _LONG = 0.25
 """Share of short rows trained under the long rope factors, so that both regimes know everything."""
 
@@ -311,28 +314,26 @@ def label_arrays(
         _joined([label(picture, vision)[-len(image.crops) :] for picture, image in shown], num_crops, IGNORED)
         for label in (patch_labels, patch_prints)
     )
-    tokens = _print_tokens(run.tokenizer)[np.maximum(prints, 0)]
-    shapes = _shape_tokens(run.tokenizer)[np.maximum(labels, 0)]
-    tokens[..., 1] = np.maximum(tokens[..., 1], shapes)  # a figure's colour, then its shape
-    # A cell of two by two patches takes the tokens of the first that has any.
-    side = vision.tokens_per_side
-    cells = tokens.reshape(num_crops, side, 2, side, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 2)
-    named = cells[np.arange(len(cells)), (cells[..., 0] >= 0).argmax(axis=1)]
-    return {"labels": labels, "prints": prints, "named": named}
+    named = np.full((num_crops * vision.tokens_per_crop, 2), _token(run.tokenizer, _NOTHING), np.int32)
+    naming = np.zeros(named.shape, np.float32)
+    naming[(by_cell(labels, vision) != IGNORED).any(axis=1), 0] = _NOTHING_WEIGHT
+    first = 0
+    for picture, image in shown:
+        count = len(image.crops) * vision.tokens_per_crop
+        left_out = len(patch_labels(picture, vision)) * vision.tokens_per_crop - count
+        for cell, name in named_cells(picture, vision):
+            if cell >= left_out:
+                cell += first - left_out
+                column = int(naming[cell, 0] == 1)
+                named[cell, column], naming[cell, column] = _token(run.tokenizer, name), 1
+        first += count
+    return {"labels": labels, "prints": prints, "named": named, "naming": naming}
 
 
 @functools.cache
-def _print_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """The token of each word of PRINTS as it stands after a space, or the digits of a number: [N, 2] int32."""
-    rows = [tokenizer.encode(name if name.isdigit() else f" {name}", allow_special=False) for name in PRINTS[1:]]
-    return np.array([(-1, -1), *((*row, -1)[:2] for row in rows)], np.int32)
-
-
-@functools.cache
-def _shape_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """The token of each shape of LABEL_NAMES, -1 of the others: [N] int32."""
-    tokens = _print_tokens(tokenizer)[:, 0]
-    return np.array([tokens[PRINTS.index(name)] if name in SHAPES else -1 for name in LABEL_NAMES], np.int32)
+def _token(tokenizer: Tokenizer, name: str) -> int:
+    """The token of a word as it stands after a space, or of a digit or a mark."""
+    return tokenizer.encode(f" {name}" if name.isalpha() else name, allow_special=False)[0]
 
 
 def _joined(arrays: Sequence[np.ndarray], length: int, fill: float) -> np.ndarray:

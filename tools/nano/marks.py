@@ -84,6 +84,39 @@ def patch_prints(picture: Picture, config: VisionConfig) -> np.ndarray:
     return patch_labels(dataclasses.replace(picture, marks=marks), config)
 
 
+def named_cells(picture: Picture, config: VisionConfig) -> list[tuple[int, str]]:
+    """Where the image tokens say what the picture shows, once in each view, so that they read like typed words.
+
+    A word is said where its first letter stands, a digit where it stands, a figure's colour in its first cell and its
+    shape in the next.
+
+    Returns:
+      Cells, two by two patches, counted over all crops in the order of the image tokens; and what each says.
+    """
+    marks = tuple((i, *box) for i, (_, *box) in enumerate(picture.marks, start=1))
+    numbered = patch_labels(dataclasses.replace(picture, marks=marks), config)
+    cells = by_cell(numbered, config)
+    said = []
+    for view in (slice(config.tokens_per_crop), slice(config.tokens_per_crop, None)):  # the global view, the tiles
+        where = [(view.start or 0) + np.flatnonzero((cells[view] == i).any(axis=1)) for i in range(1, len(marks) + 1)]
+        if picture.figure is not None:
+            said += [(int(where[0][min(i, len(where[0]) - 1)]), name) for i, name in enumerate(picture.figure)]
+            continue
+        first = 0
+        for word in picture.text.split():
+            letters = where[first : first + len(word)]
+            first += len(word)
+            for name, found in zip(word, letters, strict=True) if word.isdigit() else [(word, np.concatenate(letters))]:
+                said += [(int(cell), name) for cell in found[:1]]
+    return said
+
+
+def by_cell(patches: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """Values [C, P * P] of patches as [C * tokens_per_crop, 4], those of each two by two together."""
+    side = config.tokens_per_side
+    return patches.reshape(-1, side, 2, side, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
+
+
 def _grid_labels(
     boxes: np.ndarray,  # [M, 4], in patches
     labels: np.ndarray,  # [M] int32

@@ -50,7 +50,8 @@ class Batch(NamedTuple):
     image_index: np.ndarray | None = None  # [B, T] int32: row of the image tokens, -1 where there is none
     labels: np.ndarray | None = None  # [C, P] int32: letter or figure that each patch shows, -1 ignored
     prints: np.ndarray | None = None  # [C, P] int32: word or number that each patch shows a part of, -1 ignored
-    named: np.ndarray | None = None  # [C * tokens_per_crop, 2] int32: tokens that say what a cell shows, -1 for none
+    named: np.ndarray | None = None  # [C * tokens_per_crop, 2] int32: tokens that a cell says
+    naming: np.ndarray | None = None  # the same shape, float32: how much each counts, 0 for none
 
 
 def initial_leaves(config: ModelConfig, seed: int) -> Leaves:
@@ -123,7 +124,7 @@ class Network:
             losses["patches"] = _patch_loss(_head(leaves, "patches", patches), batch.labels)
             losses["prints"] = _patch_loss(_head(leaves, "prints", patches), batch.prints)
             seen = model.vision.project(patches)
-            losses["named"] = _naming_loss(seen, model.text.embed, batch.named)
+            losses["named"] = _naming_loss(seen, model.text.embed, batch)
         if batch.letters is not None:
             counts = self._num_tokens(batch)
             spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)
@@ -192,13 +193,14 @@ def _patch_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (loss * weight).sum() / weight.sum()
 
 
-def _naming_loss(projected: jax.Array, embed: Embedding, named: jax.Array) -> jax.Array:
+def _naming_loss(projected: jax.Array, embed: Embedding, batch: Batch) -> jax.Array:
     """How hard it is to tell the words of image tokens of known meaning, as if they were the decoder's output.
 
     They then lie near those words' embeddings, and the frozen decoder copies what is shown as it copies what is typed.
     """
-    likely = jax.nn.log_softmax(embed.attend(projected[: len(named)]))
-    return _mean(-jnp.take_along_axis(likely, jnp.maximum(named, 0), axis=1), named >= 0)
+    likely = jax.nn.log_softmax(embed.attend(projected[: len(batch.named)]))
+    loss = -jnp.take_along_axis(likely, batch.named, axis=1)
+    return (loss * batch.naming).sum() / batch.naming.sum()
 
 
 def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:

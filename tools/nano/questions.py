@@ -65,9 +65,10 @@ def random_picture(rng: Random, hardest: float, tiles: tuple[int, int]) -> Pictu
     while True:
         difficulty = rng.random() * hardest
         if rng.random() < 0.25:
-            return figure_picture(rng, difficulty, largest)
-        count = 2 if rng.random() < 0.4 * min(4 * hardest, 1) else 1
-        picture = text_picture(rng, [random_print(rng) for _ in range(count)], difficulty, largest)
+            picture = figure_picture(rng, difficulty, largest)
+        else:
+            count = 2 if rng.random() < 0.4 * min(4 * hardest, 1) else 1
+            picture = text_picture(rng, [random_print(rng) for _ in range(count)], difficulty, largest)
         if fits(picture, largest):
             return picture
 
@@ -78,5 +79,5 @@ def random_print(rng: Random) -> str:
 
 
 def fits(picture: Picture, largest: tuple[int, int]) -> bool:
-    """Whether a picture did not have to grow for its print."""
+    """Whether a picture is no larger than it was meant to be."""
     return all(n <= most for n, most in zip(picture.image.size, largest, strict=True))
