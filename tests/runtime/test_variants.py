@@ -69,13 +69,13 @@ def test_cache_formats(build, runtime, prompts, run, tokens_of):
     some = {name: prompts[name] for name in ("text", "switch_text")}
     found = {
         kv_cache: answers(build, runtime.override(dtypes={"kv_cache": kv_cache}), some, run, tokens_of)
-        for kv_cache in ("bfloat16", "bfloat16_bits", "float16")
+        for kv_cache in ("bfloat16", "bfloat16_bits", "float16", "int8")
     }
     assert found["bfloat16"] == found["bfloat16_bits"]
     assert all(len(tokens) == 16 for rows in found.values() for tokens in rows.values())
 
 
-@pytest.mark.parametrize("kv_cache", ["bfloat16", "bfloat16_bits", "float16"])
+@pytest.mark.parametrize("kv_cache", ["bfloat16", "bfloat16_bits", "float16", "int8"])
 def test_rounded_caches_stay_close(build, runtime, prompts, golden, kv_cache):
     steps, weights = build(runtime.override(dtypes={"kv_cache": kv_cache}))
     error = np.abs(score(steps, weights, prompts["text"]) - golden["logits/text"])
