@@ -3,10 +3,10 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import cpu, reference
 from pallas_kernels.kv import KV
 
-BACKENDS = {"xla": reference.decode_attention}
+BACKENDS = {"cpu": cpu.decode_attention, "xla": reference.decode_attention}
 
 
 def decode_attention(
