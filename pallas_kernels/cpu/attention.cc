@@ -35,12 +35,17 @@ struct Attention {
 
 using Kernel = void (*)(const Attention& attention, size_t begin, size_t end);
 
+// For each set, or attention.inc asks the compiler, which is slower:
+//   FROM_WORDS(from), FROM_BYTES(from)  a vector of integers: the unsigned words or the signed bytes at an address
+
 namespace portable {
 #define TARGET
 #define VECTOR_BYTES 16
 #include "attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
+#undef FROM_WORDS
+#undef FROM_BYTES
 }  // namespace portable
 
 #ifdef __x86_64__
@@ -48,17 +53,25 @@ namespace portable {
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma")))
 #define VECTOR_BYTES 32
+#define FROM_WORDS(from) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from)))
+#define FROM_BYTES(from) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from)))
 #include "attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
+#undef FROM_WORDS
+#undef FROM_BYTES
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,fma")))
 #define VECTOR_BYTES 64
+#define FROM_WORDS(from) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from)))
+#define FROM_BYTES(from) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from)))
 #include "attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
+#undef FROM_WORDS
+#undef FROM_BYTES
 }  // namespace avx512
 
 #endif
