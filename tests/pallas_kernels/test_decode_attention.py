@@ -1,17 +1,21 @@
 """`decode_attention`: every backend against a slow one in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, tpu
 from pallas_kernels.kv import encode
 
 CACHES = ["float32", "bfloat16", "uint16", "int8"]
 SCALE = 0.3
+XLA, CPU = (partial(decode_attention, implementation=name) for name in ("xla", "cpu"))
 
 
 def dense(q, k, v, lengths):
@@ -30,7 +34,7 @@ def dense(q, k, v, lengths):
 def check(draw_cache):
     """Compares a backend with `dense`; whatever lies behind the live keys is nan."""
 
-    def run(implementation, dtype, heads, kv_heads, width, cache, lengths, tolerance, q_dtype="float32"):
+    def run(attend, dtype, heads, kv_heads, width, cache, lengths, tolerance, q_dtype="float32"):
         batch = len(lengths)
         q = jnp.asarray(np.random.default_rng(0).normal(size=(batch, heads, width)), q_dtype)
         live = np.arange(cache) < np.array(lengths)[:, None]
@@ -41,8 +45,7 @@ def check(draw_cache):
 
         (k, exact_k), (v, exact_v) = (draw_cache((batch, kv_heads, cache, width), dtype, seed) for seed in (1, 2))
         k, v = jax.tree.map(bury, (k, v))
-        attend = jax.jit(lambda *a: decode_attention(*a, scale=SCALE, implementation=implementation))
-        out = attend(q, k, v, jnp.array(lengths, jnp.int32))
+        out = jax.jit(partial(attend, scale=SCALE))(q, k, v, jnp.array(lengths, jnp.int32))
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
         expected = dense(np.asarray(q, np.float64), exact_k, exact_v, lengths)
         np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance, rtol=0)
@@ -58,7 +61,7 @@ def check(draw_cache):
 def test_xla(check, dtype, heads, kv_heads, cache, lengths):
     exact = dtype == "float32"
     q_dtype = "float32" if exact else "bfloat16"  # what reads a cache that holds no floats is rounded to it
-    check("xla", dtype, heads, kv_heads, 16, cache, lengths, 1e-5 if exact else 2e-2, q_dtype)
+    check(XLA, dtype, heads, kv_heads, 16, cache, lengths, 1e-5 if exact else 2e-2, q_dtype)
 
 
 @pytest.mark.parametrize("dtype", CACHES)
@@ -75,12 +78,12 @@ def test_xla(check, dtype, heads, kv_heads, cache, lengths):
     ],
 )
 def test_cpu(instruction_set, check, dtype, heads, kv_heads, width, cache, lengths):
-    check("cpu", dtype, heads, kv_heads, width, cache, lengths, 1e-5)
+    check(CPU, dtype, heads, kv_heads, width, cache, lengths, 1e-5)
 
 
 def test_cpu_every_length(kernels, check):
     for length in range(1, 40):
-        check("cpu", "bfloat16", 3, 1, 16, 48, (length, 48), 1e-5)
+        check(CPU, "bfloat16", 3, 1, 16, 48, (length, 48), 1e-5)
 
 
 def test_cpu_scores_of_any_size(kernels):
@@ -111,6 +114,49 @@ def test_cpu_is_the_default(kernels):
     cache = jnp.ones((1, 2, 8, 16))
     text = jax.jit(lambda *a: decode_attention(*a, scale=1.0)).lower(cache[:, :, 0], cache, cache, jnp.ones(1, int))
     assert "phi4mm_decode_attention" in text.as_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cache", "lengths"),
+    [
+        (6, 2, 1300, (1, 1024, 513, 1300, 512)),  # the last block has 276 keys
+        (3, 3, 100, (37,)),  # a block is the whole cache; an odd number of kv heads
+        (24, 8, 1024, (700, 3)),
+    ],
+)
+def test_tpu(check, dtype, heads, kv_heads, cache, lengths):
+    attend = partial(tpu.decode_attention, interpret=True)
+    check(attend, dtype, heads, kv_heads, 128, cache, lengths, 2e-2, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_tpu_memory(check, dtype):
+    """What is not written is nan, and what is copied arrives when it is waited for."""
+    attend = partial(tpu.decode_attention, interpret=pltpu.InterpretParams())
+    check(attend, dtype, 6, 2, 128, 600, (513, 2, 600), 2e-2, "bfloat16")
+
+
+def test_tpu_takes_a_step_for_each_live_block():
+    lengths = jnp.array([513, 1, 512, 1300], jnp.int32)
+    rows, blocks, steps = tpu._schedule(lengths, block=512, most=3)
+    assert rows.shape == blocks.shape == (12,)
+    live = list(zip(rows.tolist(), blocks.tolist(), strict=True))[: int(steps)]
+    assert live == [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2)]
+
+
+def test_what_the_tpu_does_not_do():
+    def attend(k, v):
+        q = jnp.ones((1, 2, k.shape[3]), jnp.bfloat16)
+        return decode_attention(q, k, v, jnp.ones(1, int), scale=1.0, implementation="tpu")
+
+    cache = jnp.ones((1, 2, 8, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bfloat16 or int8, not float32 and float32"):
+        attend(cache.astype(jnp.float32), cache.astype(jnp.float32))
+    with pytest.raises(NotImplementedError, match="not bfloat16 and int8"):
+        attend(cache, encode(cache, jnp.int8))
+    with pytest.raises(NotImplementedError, match="a multiple of 128, not 64"):
+        attend(cache[..., :64], cache[..., :64])
 
 
 def test_a_sharded_cache_is_not_gathered_where_xla_is_preferred():
