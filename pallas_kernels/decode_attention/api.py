@@ -25,7 +25,7 @@ def decode_attention(
 
     Args:
       q: [B, N, H] queries, any float type.
-      k: [B, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or quantized.
+      k: [B, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or a `QuantizedKV`.
       v: [B, K, S, H] cached values, as `k`.
       lengths: [B] int32, valid keys, the query's own among them; 1 to S.
       scale: factor on the scores.

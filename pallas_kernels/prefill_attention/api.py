@@ -28,7 +28,7 @@ def prefill_attention(
 
     Args:
       q: [B, T, N, H] queries, any float type.
-      k: [C, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or quantized.
+      k: [C, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or a `QuantizedKV`.
       v: [C, K, S, H] cached values, as `k`.
       q_start: [B] int32, keys before the chunk; `q_start + T <= S`.
       slots: [B] int32, the row of the cache that each row reads; None for row b itself, with C = B. The cache is read
