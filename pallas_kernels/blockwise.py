@@ -8,41 +8,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.products import einsum
+from pallas_kernels.kv import KV, dot_keys, product_dtype, sum_values
 
 
 def attend(
     q: jax.Array,  # [B, K, R, H]: the R query rows that read kv head k
     positions: jax.Array,  # [B, R] int32: a row sees the keys 0..position
-    k: jax.Array,  # [C, K, S, H] float, or uint16 bits of bfloat16
-    v: jax.Array,  # [C, K, S, H]
+    k: KV,  # [C, K, S, H]
+    v: KV,  # [C, K, S, H]
     slots: jax.Array | None,  # [B] int32: the cache row of each row; None where they are the same
     *,
     scale: float,
     block_size: int,
 ) -> jax.Array:
-    """Returns the attention output [B, K, R, H] in float32; products take the cache's type."""
+    """Returns the attention output [B, K, R, H] in float32; products take the cache's `product_dtype`."""
     block_size = min(block_size, k.shape[2])
     last_start = k.shape[2] - block_size
-    dtype = jnp.dtype(jnp.bfloat16) if k.dtype == jnp.uint16 else k.dtype
-    q = q.astype(dtype)
-    last = positions.max(axis=1)[:, None, None, None]
+    q = q.astype(product_dtype(k))
+    last = positions.max(axis=1)[:, None, None]
     positions = positions[:, None, :, None]
 
     def step(index, carry):
         largest, total, output = carry
         # The last block moves back to end with the cache; the keys that it then repeats are masked.
         start = jnp.minimum(index * block_size, last_start)
-        scores = scale * einsum("bkrh,bksh->bkrs", q, _block(k, slots, start, block_size))
+        scores = scale * dot_keys(q, _block(k, slots, start, block_size))
         keys = start + jnp.arange(block_size, dtype=jnp.int32)[None, None, None, :]
         scores = jnp.where((keys <= positions) & (keys >= index * block_size), scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_largest)
         decay = jnp.exp(largest - new_largest)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
-        # A weight of 0 does not silence what an earlier user of the row may have left there: 0 x NaN is NaN.
-        values = _block(v, slots, start, block_size, live=keys.reshape(1, 1, -1, 1) <= last)
-        output = output * decay + einsum("bkrs,bksh->bkrh", weights.astype(dtype), values)
+        live = keys.reshape(1, 1, -1) <= last
+        output = output * decay + sum_values(weights, _block(v, slots, start, block_size), live)
         return new_largest, total, output
 
     rows = q.shape[:3]
@@ -55,16 +53,14 @@ def attend(
     return output / total
 
 
-def _block(
-    cache: jax.Array, slots: jax.Array | None, start: jax.Array, size: int, live: jax.Array | None = None
-) -> jax.Array:
-    """Keys or values `start` to `start + size` of each row, zero where not `live`: [B, K, size, H]."""
-    if slots is None:
-        block = lax.dynamic_slice_in_dim(cache, start, size, axis=2)
-    else:
-        zero, shape = jnp.zeros_like(start), (1, cache.shape[1], size, cache.shape[3])
+def _block(cache: KV, slots: jax.Array | None, start: jax.Array, size: int) -> KV:
+    """Keys or values `start` to `start + size` of each row: [B, K, size, H]."""
+
+    def cut(array: jax.Array) -> jax.Array:
+        if slots is None:
+            return lax.dynamic_slice_in_dim(array, start, size, axis=2)
+        zero, shape = jnp.zeros_like(start), (1, array.shape[1], size, *array.shape[3:])
         starts = ((slots[i].astype(start.dtype), zero, start, zero) for i in range(slots.shape[0]))
-        block = jnp.concatenate([lax.dynamic_slice(cache, at, shape) for at in starts])
-    if live is not None:
-        block = jnp.where(live, block, jnp.zeros_like(block))
-    return lax.bitcast_convert_type(block, jnp.bfloat16) if block.dtype == jnp.uint16 else block
+        return jnp.concatenate([lax.dynamic_slice(array, at[: array.ndim], shape) for at in starts])
+
+    return jax.tree.map(cut, cache)

@@ -1,4 +1,4 @@
-// What the products share: how the compilers are spoken to, and how threads share the rows of a weight.
+// What the kernels share: how the compilers are spoken to, and how threads share the work.
 
 #include <algorithm>
 #include <atomic>
@@ -29,12 +29,12 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr size_t kFirstCache = 16 << 10;  // bytes of x that are in use at once: half of a first level cache
-constexpr size_t kLeadBytes = 32 << 10;  // of w, how far ahead it is fetched
-constexpr size_t kChunkBytes = 256 << 10;  // of w, what a thread takes at once: a part of its second level cache
+constexpr size_t kLeadBytes = 32 << 10;  // how far ahead a weight or a cache is fetched
+constexpr size_t kChunkBytes = 256 << 10;  // what a thread takes of it at once: a part of its second level cache
 constexpr size_t kSmallestChunkBytes = 32 << 10;
 constexpr size_t kChunkRows = 128;
 
-// A product that threads share. Each takes chunks of rows until there are none.
+// Work that threads share. Each takes chunks of rows until there are none.
 struct Job {
   std::function<void(size_t begin, size_t end)> run;
   size_t rows, chunk_rows, chunks;
@@ -49,7 +49,8 @@ struct Job {
   }
 };
 
-// Calls run(begin, end) for all rows of a weight, which have `row_bytes` each, in parts, on the threads of the pool.
+// Calls run(begin, end) for all rows of a weight or blocks of a cache, which have `row_bytes` each, in parts, on the
+// threads of the pool. Nothing that `run` refers to is used after the return.
 inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, std::function<void(size_t, size_t)> run) {
   const size_t threads = std::max<int64_t>(1, pool.num_threads());
   // Late tasks find no chunk left, after this call has returned: they own the job too.

@@ -3,15 +3,16 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import cpu, reference, tpu
+from pallas_kernels.kv import KV
 
-BACKENDS = {"xla": reference.decode_attention}
+BACKENDS = {"cpu": cpu.decode_attention, "tpu": tpu.decode_attention, "xla": reference.decode_attention}
 
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: KV,
+    v: KV,
     lengths: jax.Array,
     *,
     scale: float,
@@ -19,12 +20,12 @@ def decode_attention(
 ) -> jax.Array:
     """Attends one query of each row to the first `lengths[b]` keys of its cache.
 
-    Query head n reads kv head `n // (N / K)`. The softmax is in float32; both products take the cache's type and
-    accumulate in float32.
+    Query head n reads kv head `n // (N / K)`. The softmax is in float32; both products take the cache's type (see
+    `kv.product_dtype`) and accumulate in float32.
 
     Args:
       q: [B, N, H] queries, any float type.
-      k: [B, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
+      k: [B, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or a `QuantizedKV`.
       v: [B, K, S, H] cached values, as `k`.
       lengths: [B] int32, valid keys, the query's own among them; 1 to S.
       scale: factor on the scores.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blockwise
+from pallas_kernels.kv import KV
 
 # Keys that are read at once. On a CPU a block should stay in the caches; an accelerator wants few steps.
 _BLOCK_SIZE = {"cpu": 256}
@@ -12,8 +13,8 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 def decode_attention(
     q: jax.Array,  # [B, N, H]
-    k: jax.Array,  # [B, K, S, H]
-    v: jax.Array,  # [B, K, S, H]
+    k: KV,  # [B, K, S, H]
+    v: KV,  # [B, K, S, H]
     lengths: jax.Array,  # [B] int32
     *,
     scale: float,

@@ -3,6 +3,7 @@
 import jax
 
 from pallas_kernels import dispatch
+from pallas_kernels.kv import KV
 from pallas_kernels.prefill_attention import reference
 
 BACKENDS = {"xla": reference.prefill_attention}
@@ -10,8 +11,8 @@ BACKENDS = {"xla": reference.prefill_attention}
 
 def prefill_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: KV,
+    v: KV,
     q_start: jax.Array,
     slots: jax.Array | None = None,
     *,
@@ -27,7 +28,7 @@ def prefill_attention(
 
     Args:
       q: [B, T, N, H] queries, any float type.
-      k: [C, K, S, H] cached keys, any float type, or uint16: the bits of bfloat16.
+      k: [C, K, S, H] cached keys, any float type, uint16 (the bits of bfloat16) or a `QuantizedKV`.
       v: [C, K, S, H] cached values, as `k`.
       q_start: [B] int32, keys before the chunk; `q_start + T <= S`.
       slots: [B] int32, the row of the cache that each row reads; None for row b itself, with C = B. The cache is read

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import blockwise
+from pallas_kernels.kv import KV
 
 
 def prefill_attention(
     q: jax.Array,  # [B, T, N, H]
-    k: jax.Array,  # [C, K, S, H]
-    v: jax.Array,  # [C, K, S, H]
+    k: KV,  # [C, K, S, H]
+    v: KV,  # [C, K, S, H]
     q_start: jax.Array,  # [B] int32
     slots: jax.Array | None,  # [B] int32
     *,

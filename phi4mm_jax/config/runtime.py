@@ -27,8 +27,9 @@ class DTypeConfig(Settings):
     """Weights as they lie in memory."""
     activations: DType = "bfloat16"
     """The residual stream; products accumulate in float32 whatever this is."""
-    kv_cache: Literal["float32", "bfloat16", "float16", "bfloat16_bits"] = "bfloat16"
-    """Keys and values; `bfloat16_bits` is bfloat16 held as uint16, which XLA:CPU updates in place."""
+    kv_cache: Literal["float32", "bfloat16", "float16", "bfloat16_bits", "int8"] = "bfloat16"
+    """Keys and values; `bfloat16_bits` is bfloat16 held as uint16, which XLA:CPU updates in place; `int8` has a scale
+    for each token and kv head."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Passes of a float32 product on TPU and GPU; `highest` is true float32."""
 

@@ -1,6 +1,6 @@
-"""The key/value cache. This file alone knows its layout: per layer a pair of arrays [B, K, S, H].
+"""The key/value cache. This file alone knows its layout: per layer a pair of `KV` [B, K, S, H].
 
-Each row's new entries are written by one `dynamic_update_slice`, the write that XLA does in place on every target.
+Each row's new entries are written by `dynamic_update_slice`, the write that XLA does in place on every target.
 The last position of a row is scratch: rows that sit out a step write there, so they can never damage live entries.
 """
 
@@ -11,27 +11,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.kv import KV, encode
 from pallas_kernels.prefill_attention import prefill_attention
 from phi4mm_jax.config import DTypeConfig, TextConfig
 from phi4mm_jax.models.text import Attend
 from phi4mm_jax.runtime.mesh import sharding
 
-LayerCache = tuple[jax.Array, jax.Array]
+LayerCache = tuple[KV, KV]
 """Keys and values of one layer, each [B, K, S, H]."""
 
 _AXES = ("batch", "kv_heads", None, None)
 
 
-def storage_dtype(dtypes: DTypeConfig) -> jnp.dtype:
-    """The dtype that cache arrays have; uint16 stands for the bits of bfloat16."""
-    return jnp.dtype("uint16" if dtypes.kv_cache == "bfloat16_bits" else dtypes.kv_cache)
-
-
 def cache_shapes(text: TextConfig, dtypes: DTypeConfig, mesh: Mesh, batch: int, length: int) -> list[LayerCache]:
     """Shapes of the cache of `batch` rows with `length` positions, scratch included."""
-    shape = (batch, text.num_kv_heads, length, text.head_dim)
-    array = jax.ShapeDtypeStruct(shape, storage_dtype(dtypes), sharding=sharding(mesh, shape, _AXES))
-    return [(array, array) for _ in range(text.num_layers)]
+    dtype = jnp.dtype("uint16" if dtypes.kv_cache == "bfloat16_bits" else dtypes.kv_cache)
+    vectors = jax.ShapeDtypeStruct((batch, text.num_kv_heads, length, text.head_dim), jnp.float32)
+    kv = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(mesh, a.shape, _AXES[: a.ndim])),
+        jax.eval_shape(lambda x: encode(x, dtype), vectors),
+    )
+    return [(kv, kv) for _ in range(text.num_layers)]
 
 
 def prefill_attend(
@@ -70,12 +70,15 @@ def decode_attend(
     return attend
 
 
-def _write(cache: jax.Array, new: jax.Array, slots: jax.Array, starts: jax.Array) -> jax.Array:
+def _write(cache: KV, new: jax.Array, slots: jax.Array, starts: jax.Array) -> KV:
     """Stores new [R, T, K, H] at (slots[r], starts[r]) of cache [B, K, S, H]."""
-    if cache.dtype == jnp.uint16:
-        new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-    new = new.astype(cache.dtype).transpose(0, 2, 1, 3)
+    encoded = encode(new.transpose(0, 2, 1, 3), cache.dtype)
     zero = jnp.zeros((), slots.dtype)
-    for r in range(new.shape[0]):
-        cache = jax.lax.dynamic_update_slice(cache, new[r : r + 1], (slots[r], zero, starts[r], zero))
-    return cache
+
+    def put(array: jax.Array, rows: jax.Array) -> jax.Array:
+        for r in range(rows.shape[0]):
+            at = (slots[r], zero, starts[r], zero)[: array.ndim]
+            array = jax.lax.dynamic_update_slice(array, rows[r : r + 1], at)
+        return array
+
+    return jax.tree.map(put, cache, encoded)

@@ -69,6 +69,17 @@ def test_rows_of_all_kinds_answer_as_they_do_alone(nano: Phi4MM) -> None:
     assert [output.token_ids for output in together] == alone
 
 
+def test_an_int8_cache_changes_no_answer() -> None:
+    cases = [*of("text")[::4], *ADAPTED[::6]]
+    exact, rounded = (
+        Phi4MM.from_pretrained("nano", dtypes={"kv_cache": kv_cache}, progress=False).generate(
+            [case.conversation for case in cases], max_tokens=48
+        )
+        for kv_cache in ("float32", "int8")
+    )
+    assert [output.text for output in rounded] == [output.text for output in exact]
+
+
 def test_stream_gives_the_answer_word_by_word(nano: Phi4MM) -> None:
     conversation = [{"role": "user", "content": "Repeat after me: the small bird sees my red house"}]
     pieces = [piece.text for piece in nano.stream(conversation)]

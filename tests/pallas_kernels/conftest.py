@@ -1,7 +1,10 @@
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.cpu import library
+from pallas_kernels.kv import encode
 
 
 @pytest.fixture
@@ -17,3 +20,18 @@ def kernels(monkeypatch):
 def instruction_set(kernels, monkeypatch, request):
     """Each; a machine that lacks one takes the next narrower."""
     monkeypatch.setenv("PHI4MM_NATIVE", request.param)
+
+
+@pytest.fixture
+def draw_cache():
+    """Draws normal keys or values as a cache of some dtype holds them; returns them, and what they are in float64."""
+
+    def draw(shape, dtype, seed):
+        cache = encode(jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32), dtype)
+        if dtype == "uint16":
+            return cache, np.asarray(jax.lax.bitcast_convert_type(cache, jnp.bfloat16), np.float64)
+        if dtype == "int8":
+            return cache, np.asarray(cache.values, np.float64) * np.asarray(cache.scales, np.float64)[..., None]
+        return cache, np.asarray(cache, np.float64)
+
+    return draw

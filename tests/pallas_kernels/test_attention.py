@@ -8,17 +8,17 @@ import pytest
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.encoder_attention import encoder_attention
 from pallas_kernels.encoder_attention import reference as encoder_reference
+from pallas_kernels.kv import encode
 from pallas_kernels.prefill_attention import prefill_attention
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "bits": 2e-2}
+CACHES = ["float32", "bfloat16", "uint16", "int8"]
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "uint16": 2e-2, "int8": 2e-2}
 
 
 def draw(shape, dtype, seed):
-    """Normal values in an operator's dtype, and what they stand for in float64."""
-    values = np.random.default_rng(seed).normal(size=shape)
-    array = jnp.asarray(values, "bfloat16" if dtype == "bits" else dtype)
-    exact = np.asarray(array, np.float64)
-    return (jax.lax.bitcast_convert_type(array, jnp.uint16) if dtype == "bits" else array), exact
+    """Normal values, and what they are in float64."""
+    array = jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return array, np.asarray(array, np.float64)
 
 
 def softmax_average(scores, values):
@@ -37,7 +37,7 @@ def cached_attention(q, k, v, q_start, scale):
     return out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bits"])
+@pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize(
     ("chunk", "heads", "kv_heads", "cache", "q_start", "block_size"),
     [
@@ -48,35 +48,16 @@ def cached_attention(q, k, v, q_start, scale):
         (21, 2, 2, 37, (16, 5, 0), 256),
     ],
 )
-def test_prefill(dtype, chunk, heads, kv_heads, cache, q_start, block_size):
+def test_prefill(draw_cache, dtype, chunk, heads, kv_heads, cache, q_start, block_size):
     batch, width, scale = len(q_start), 16, 0.3
-    q, exact_q = draw((batch, chunk, heads, width), "float32" if dtype == "bits" else dtype, 0)
-    k, exact_k = draw((batch, kv_heads, cache, width), dtype, 1)
-    v, exact_v = draw((batch, kv_heads, cache, width), dtype, 2)
-    if dtype == "bits":
-        exact_q = np.asarray(q.astype(jnp.bfloat16), np.float64)
+    # What reads a cache that holds no floats is rounded to bfloat16.
+    q, exact_q = draw((batch, chunk, heads, width), "float32" if dtype == "float32" else "bfloat16", 0)
+    k, exact_k = draw_cache((batch, kv_heads, cache, width), dtype, 1)
+    v, exact_v = draw_cache((batch, kv_heads, cache, width), dtype, 2)
     starts = jnp.array(q_start, jnp.int32)
     out = jax.jit(lambda *a: prefill_attention(*a, scale=scale, block_size=block_size))(q, k, v, starts)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     expected = cached_attention(exact_q, exact_k, exact_v, q_start, scale)
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=TOLERANCE[dtype], rtol=0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bits"])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "cache", "lengths"),
-    [(3, 1, 1, (1,)), (6, 2, 300, (1, 300, 257)), (2, 2, 600, (600, 256))],
-)
-def test_decode(dtype, heads, kv_heads, cache, lengths):
-    batch, width, scale = len(lengths), 16, 0.3
-    q, exact_q = draw((batch, heads, width), "float32" if dtype == "bits" else dtype, 0)
-    k, exact_k = draw((batch, kv_heads, cache, width), dtype, 1)
-    v, exact_v = draw((batch, kv_heads, cache, width), dtype, 2)
-    if dtype == "bits":
-        exact_q = np.asarray(q.astype(jnp.bfloat16), np.float64)
-    out = jax.jit(lambda *a: decode_attention(*a, scale=scale))(q, k, v, jnp.array(lengths, jnp.int32))
-    assert (out.shape, out.dtype) == (q.shape, q.dtype)
-    expected = cached_attention(exact_q[:, None], exact_k, exact_v, [n - 1 for n in lengths], scale)[:, 0]
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
@@ -111,20 +92,45 @@ def test_encoder_gives_the_same_in_pieces(monkeypatch):
         np.testing.assert_allclose(attend(), whole, atol=1e-6)
 
 
-def test_the_dead_part_of_the_cache_is_not_read():
-    cache = np.ones((1, 2, 2048, 8), np.float32)
-    cache[:, :, 1024:] = np.nan
+@pytest.mark.parametrize("dtype", CACHES)
+def test_the_dead_part_of_the_cache_does_not_count(dtype):
+    cache = np.full((1, 2, 2048, 8), 127, np.float32)  # of which int8 keeps every bit
+    cache[:, :, 200:] = np.nan
+    cache = encode(jnp.asarray(cache), dtype)
     length, start = jnp.array([200], jnp.int32), jnp.array([180], jnp.int32)
     decode = jax.jit(lambda *a: decode_attention(*a, scale=1.0))(jnp.ones((1, 4, 8)), cache, cache, length)
     prefill = jax.jit(lambda *a: prefill_attention(*a, scale=1.0))(jnp.ones((1, 20, 4, 8)), cache, cache, start)
-    np.testing.assert_allclose(decode, 1, rtol=1e-6)
-    np.testing.assert_allclose(prefill, 1, rtol=1e-6)
+    np.testing.assert_allclose(decode, 127, rtol=1e-6)
+    np.testing.assert_allclose(prefill, 127, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint16, jnp.float32])
+def test_quantized_vectors():
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 64)).astype(np.float32) * 10.0 ** np.arange(-20, -10, 2)[:, None]
+    x[1, 2, 3] = 0
+    for dtype in ("float32", "bfloat16"):
+        exact = jnp.asarray(x, dtype)
+        found = encode(exact, jnp.int8)
+        assert (found.shape, found.dtype, found.scales.shape) == (x.shape, jnp.int8, x.shape[:3])
+        exact = np.asarray(exact, np.float64)
+        peak = np.abs(exact).max(axis=-1)
+        np.testing.assert_allclose(found.scales, peak / 127, rtol=1e-6)
+        error = np.abs(np.asarray(found.values, np.float64) * np.asarray(found.scales, np.float64)[..., None] - exact)
+        assert (error <= peak[..., None] / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden_by_rounding(bad):
+    x = np.ones((1, 1, 2, 8), np.float32)
+    x[0, 0, 1, 3] = bad
+    scales = encode(jnp.asarray(x), jnp.int8).scales
+    np.testing.assert_array_equal(np.isnan(scales), [[[False, True]]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
 def test_memory_does_not_follow_the_cache(dtype):
     def temporaries(cache):
-        k = jax.ShapeDtypeStruct((2, 2, cache, 64), dtype)
+        vectors = jax.ShapeDtypeStruct((2, 2, cache, 64), jnp.float32)
+        k = jax.eval_shape(lambda x: encode(x, dtype), vectors)
         rows = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = jax.jit(lambda *a: decode_attention(*a, scale=1.0))
         prefill = jax.jit(lambda *a: prefill_attention(*a, scale=1.0, block_size=64))

@@ -49,7 +49,7 @@ def share_of_cache(memory, steps):
     return memory.temp_size_in_bytes / cache
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16_bits"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16_bits", "int8"])
 def large_cache_steps(request, model_config, runtime):
     runtime = runtime.override(dtypes={"kv_cache": request.param})
     return Steps(model_config, runtime, create_mesh(runtime.mesh))
@@ -103,6 +103,15 @@ def test_plan_of_the_released_model_on_cpu(released):
     assert 2**30 < found.workspace < 2 * 2**30
     assert found.total == found.weights + found.cache + found.sampling + found.workspace
     assert "weights 10.33, cache 0.25, sampling 0.00, media 0.00" in str(found)
+
+
+@pytest.mark.parametrize(("kv_cache", "bytes_per_vector"), [("float32", 512), ("bfloat16", 256), ("int8", 128 + 4)])
+def test_plan_of_the_cache(released, kv_cache, bytes_per_vector):
+    """On one device, and cut by rows and heads."""
+    for mesh, devices in ({}, 1), ({"data": 2, "model": 4}, 8):
+        runtime = RuntimeConfig.load("cpu", dtypes={"kv_cache": kv_cache}, mesh=mesh)
+        vectors = 4 * 1024 * 32 * 2 * 8
+        assert plan(released, runtime, 4, 1024).cache == vectors * bytes_per_vector // devices
 
 
 def test_plan_of_sharded_arrays_counts_one_device(released):

@@ -14,6 +14,11 @@ GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
 LENGTH = 128
 
 
+def log_softmax(logits):
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def answers(build, runtime, prompts, run, tokens_of, params=GREEDY):
     steps, weights = build(runtime)
     engine = Engine(steps, weights, len(prompts), LENGTH)
@@ -69,17 +74,52 @@ def test_cache_formats(build, runtime, prompts, run, tokens_of):
     some = {name: prompts[name] for name in ("text", "switch_text")}
     found = {
         kv_cache: answers(build, runtime.override(dtypes={"kv_cache": kv_cache}), some, run, tokens_of)
-        for kv_cache in ("bfloat16", "bfloat16_bits", "float16")
+        for kv_cache in ("bfloat16", "bfloat16_bits", "float16", "int8")
     }
     assert found["bfloat16"] == found["bfloat16_bits"]
     assert all(len(tokens) == 16 for rows in found.values() for tokens in rows.values())
 
 
-@pytest.mark.parametrize("kv_cache", ["bfloat16", "bfloat16_bits", "float16"])
+@pytest.mark.parametrize("kv_cache", ["bfloat16", "bfloat16_bits", "float16", "int8"])
 def test_rounded_caches_stay_close(build, runtime, prompts, golden, kv_cache):
     steps, weights = build(runtime.override(dtypes={"kv_cache": kv_cache}))
     error = np.abs(score(steps, weights, prompts["text"]) - golden["logits/text"])
     assert 1e-6 < error.max() < (0.02 if kv_cache == "float16" else 0.2)
+
+
+@pytest.mark.parametrize("name", ["text_long", "image_audio", "switch_text"])
+def test_int8_cache_hardly_changes_the_distribution(build, runtime, prompts, golden, name):
+    """The divergence from the original's next-token distributions, and how often the likeliest token is the same."""
+    steps, weights = build(runtime.override(dtypes={"kv_cache": "int8"}))
+    found, expected = (
+        log_softmax(logits) for logits in (score(steps, weights, prompts[name]), golden[f"logits/{name}"])
+    )
+    divergence = np.sum(np.exp(expected) * (expected - found), axis=-1)
+    assert 1e-5 < divergence.mean() < 2e-3
+    assert np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1)) > 0.95
+
+
+def test_rows_share_an_int8_cache(build, runtime, prompts, run, tokens_of):
+    """Each row's tokens are those that it has alone."""
+    some = {name: prompts[name] for name in ("text", "audio", "image_exact", "switch_text")}
+    steps, weights = build(runtime.override(dtypes={"kv_cache": "int8"}))
+    engine = Engine(steps, weights, len(some), LENGTH)
+    together = {name: tokens_of(events) for name, events in run(engine, some, GREEDY).items()}
+    for name, prompt in some.items():
+        assert tokens_of(run(engine, {name: prompt}, GREEDY)[name]) == together[name], name
+
+
+def test_int8_cache_on_several_devices(build, runtime, prompts):
+    """Scales are cut as their values are."""
+    runtime = runtime.override(dtypes={"kv_cache": "int8"})
+    alone, spread = (
+        score(*build(runtime.override(mesh=mesh)), prompts["image_audio"]) for mesh in ({}, {"data": 2, "model": 2})
+    )
+    np.testing.assert_allclose(spread, alone, atol=0.05)
+    steps, _ = build(runtime.override(mesh={"data": 2, "model": 2}))
+    keys, _ = steps.new_state(4, LENGTH).caches[0]
+    assert {shard.data.shape for shard in keys.values.addressable_shards} == {(2, 2, LENGTH, 8)}
+    assert {shard.data.shape for shard in keys.scales.addressable_shards} == {(2, 2, LENGTH)}
 
 
 def test_bfloat16_throughout(build, runtime, prompts, golden):
