@@ -4,8 +4,10 @@ XLA does the other weights as well. Groups of columns it dequantizes first, in m
 of an int4 weight.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +56,25 @@ def matmul(
     if not isinstance(w, QuantizedArray) or w.scales.shape[1] == 1:
         # A conversion to x's type is all that stands before XLA's product, and it fuses that.
         raise NotImplementedError("matmul on a TPU: several scales per row; XLA is as good for other weights")
-    rows, (out_features, columns), groups = math.prod(x.shape[:-1]), w.shape, w.scales.shape[1]
+    rows, columns = math.prod(x.shape[:-1]), w.shape[1]
     _check(rows, w)
+    x_scales = None
     if w.activations == "int8":
-        rounded, x_scales = reference.round_groups(x.reshape(rows, columns), groups)
-        activations = (rounded.reshape(rows, columns), x_scales)
+        groups, x_scales = reference.round_groups(x.reshape(rows, columns), w.scales.shape[1])
+        flat = groups.reshape(rows, columns)
     else:
-        activations = (x.reshape(rows, columns).astype(w.dtype),)
-    y = _product(*activations, w=w, out_dtype=jnp.dtype(out_dtype), interpret=interpret)
-    return y.reshape(*x.shape[:-1], out_features)
+        flat = x.reshape(rows, columns).astype(w.dtype)
+    # Mosaic lays an array of fewer rows than a tile out in its own way, which it cannot stack.
+    missing = -rows % _tile_rows(flat.dtype)
+    operands = [jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, x_scales) if a is not None]
+    # XLA holds an array as narrow as the scales the other way round: transposing them copies nothing.
+    operands[1:1] = [w.values, w.scales.T]
+    product = _Product(
+        *(rows + missing, w.shape[0], columns, w.scales.shape[1]),
+        *(flat.dtype, w.values.dtype, w.dtype, jnp.dtype(out_dtype)),
+    )
+    y = _call(product, _vmem_limit(), interpret)(*operands)
+    return y[:rows].reshape(*x.shape[:-1], w.shape[0])
 
 
 def _check(rows: int, w: QuantizedArray) -> None:
@@ -83,84 +95,119 @@ def _check(rows: int, w: QuantizedArray) -> None:
         raise NotImplementedError(f"matmul on a TPU: few rows with groups of {size} columns, not {rows}")
 
 
-def _product(
-    x: jax.Array,  # [M, K] of w's type, or int8
-    x_scales: jax.Array | None = None,  # [M, G] float32, if x is int8
-    *,
-    w: QuantizedArray,  # [N, K]
-    out_dtype: jnp.dtype,
-    interpret: bool | pltpu.InterpretParams,
-) -> jax.Array:  # [M, N]
-    """One call of the kernel.
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """Sizes and types of x [M, K] @ w [N, K].T with G groups of columns."""
 
-    The grid is (blocks of rows of x, blocks of rows of w). A step holds x [bm, K], w's values [bn, K] and scales
-    [G, bn], and the result [bm, bn], each twice, so that the next ones arrive meanwhile; besides them the sums of one
-    pass and their total. Columns are not cut: what a step reads then lies together, no sum outlives its step, and all
-    steps may run in any order. Rows of w are the inner loop: x is read once, and w once for each block of x's rows, of
-    which decoding has one.
+    rows: int  # M, whole tiles
+    out_features: int  # N
+    columns: int  # K
+    groups: int  # G
+    x: jnp.dtype  # of w's scales, or int8
+    values: jnp.dtype
+    scales: jnp.dtype
+    out: jnp.dtype
+
+    @property
+    def bits(self) -> int:
+        """Of a value of w."""
+        return jnp.iinfo(self.values).bits
+
+    @property
+    def together(self) -> int:
+        """Groups that share a pass through the matrix unit, which contracts 128 columns."""
+        return max(1, LANES * self.groups // self.columns)
+
+    def held(self, m: int, n: int) -> int:
+        """Bytes of VMEM that a step with blocks of m rows of x and n of w takes."""
+        pipelined = m * self.columns * self.x.itemsize + n * self.columns * self.bits // 8
+        pipelined += self.groups * n * self.scales.itemsize + m * n * self.out.itemsize
+        if self.x == jnp.int8:
+            pipelined += m * max(self.groups, LANES) * 4
+        sums = m * n * 4 * (self.together + 1)
+        return 2 * pipelined + sums + n * LANES * (4 + self.x.itemsize)
+
+    def blocks(self, limit: int) -> tuple[int, int]:
+        """Rows of x and of w in a block: many, halved until a step reads little enough and fits into `limit` bytes.
+
+        Raises:
+          NotImplementedError: the smallest do not fit.
+        """
+        m, n = min(_MAX_BLOCK_ROWS, pl.next_power_of_2(self.rows)), 16 * LANES
+        while n > LANES and (n // 2 >= self.out_features or n * self.columns * self.bits > 8 * _STEP_BYTES):
+            n //= 2
+        while self.held(m, n) > limit:
+            if m > _tile_rows(self.x):
+                m //= 2
+            elif n > LANES:
+                n //= 2
+            else:
+                raise NotImplementedError(f"matmul on a TPU: {self.held(m, n)} bytes of VMEM, more than {limit}")
+        return m, n
+
+
+@functools.cache  # or a model would trace and lower the same kernel anew for each of its layers
+def _call(product: _Product, limit: int, interpret: bool | pltpu.InterpretParams) -> Callable[..., jax.Array]:
+    """The kernel for x [M, K], w's values [N, K] and scales [G, N], and x's scales [M, G] if it is int8 -> [M, N].
+
+    The grid is (blocks of rows of x, blocks of rows of w). A step holds x [m, K], w's values [n, K] and scales [G, n],
+    and the result [m, n], each twice, so that the next ones arrive meanwhile; besides, the sums of a pass and their
+    total: `_Product.held` counts the bytes. Columns are not cut: what a step reads then lies together, no sum outlives
+    its step, and all steps may run in any order. Rows of w are the inner loop: x is read once, and w once for each
+    block of x's rows, of which decoding has one.
     """
-    (rows, columns), (out_features, groups) = x.shape, w.scales.shape
-    limit = _vmem_limit()
-    block_rows, block_columns = _blocks(x, w, out_dtype, limit)
-    moved = (x.size * x.dtype.itemsize, w.values.size * _bits(w) // 8, w.scales.size * w.dtype.itemsize)
-    operands = [x, w.values, w.scales.T]  # XLA holds so narrow an array the other way round: this copies nothing
+    m, n = product.blocks(limit)
     in_specs = [
-        pl.BlockSpec((block_rows, columns), lambda i, j: (i, 0)),
-        pl.BlockSpec((block_columns, columns), lambda i, j: (j, 0)),
-        pl.BlockSpec((groups, block_columns), lambda i, j: (0, j)),
+        pl.BlockSpec((m, product.columns), lambda i, j: (i, 0)),
+        pl.BlockSpec((n, product.columns), lambda i, j: (j, 0)),
+        pl.BlockSpec((product.groups, n), lambda i, j: (0, j)),
     ]
-    if x_scales is not None:
-        operands.append(x_scales)
-        in_specs.append(pl.BlockSpec((block_rows, groups), lambda i, j: (i, 0)))
+    if product.x == jnp.int8:
+        in_specs.append(pl.BlockSpec((m, product.groups), lambda i, j: (i, 0)))
+    size = product.rows * product.columns, product.out_features * product.columns
+    moved = size[0] * product.x.itemsize + size[1] * product.bits // 8
+    moved += product.out_features * (product.groups * product.scales.itemsize + product.rows * product.out.itemsize)
     return pl.pallas_call(
-        functools.partial(_kernel, group_size=columns // groups),
-        out_shape=jax.ShapeDtypeStruct((rows, out_features), out_dtype),
-        # Blocks at the end may reach beyond: rows and outputs do not mix, and what lies outside is not written.
-        grid=(pl.cdiv(rows, block_rows), pl.cdiv(out_features, block_columns)),
+        functools.partial(_kernel, group_size=product.columns // product.groups, together=product.together),
+        out_shape=jax.ShapeDtypeStruct((product.rows, product.out_features), product.out),
+        # The last blocks may reach beyond: neither rows nor outputs mix, and what lies outside is not written.
+        grid=(pl.cdiv(product.rows, m), pl.cdiv(product.out_features, n)),
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((block_rows, block_columns), lambda i, j: (i, j)),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"),
-            vmem_limit_bytes=limit,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * out_features * columns,
-            bytes_accessed=sum(moved) + rows * out_features * out_dtype.itemsize,
-            transcendentals=0,
-        ),
-        name=f"matmul_{w.values.dtype}_{block_rows}x{block_columns}x{columns}",
+        out_specs=pl.BlockSpec((m, n), lambda i, j: (i, j)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
+        cost_estimate=pl.CostEstimate(flops=2 * product.rows * size[1], bytes_accessed=moved, transcendentals=0),
+        name=f"matmul_{product.values}_{m}x{n}x{product.columns}",
         interpret=interpret,
-    )(*operands)
+    )
 
 
-def _kernel(*refs: jax.Array, group_size: int) -> None:
-    """One block: x [bm, K], values [bn, K], scales [G, bn] and perhaps x's scales [bm, G] -> [bm, bn]."""
+def _kernel(*refs: jax.Array, group_size: int, together: int) -> None:
+    """One step: x [m, K], values [n, K], scales [G, n] and perhaps x's scales [m, G] -> [m, n]."""
     x_ref, values_ref, scales_ref, *x_scales_refs, out_ref = refs
     rows, columns = x_ref.shape
-    together = max(1, LANES // group_size)
     total = jnp.zeros(out_ref.shape, jnp.float32)
     for first in range(0, columns // group_size, together):
-        part = slice(first * group_size, (first + together) * group_size)
-        x = _block_diagonal(x_ref[:, part], together)
+        cut = slice(first * group_size, (first + together) * group_size)
+        x = _block_diagonal(x_ref[:, cut], together)
         sums = lax.dot_general(
             x,
-            values_ref[:, part].astype(x.dtype),
+            values_ref[:, cut].astype(x.dtype),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32,
         ).astype(jnp.float32)
         for i in range(together):
             group = slice(first + i, first + i + 1)
-            scaled = sums[i * rows : (i + 1) * rows]
+            part = sums[i * rows : (i + 1) * rows]
             for ref in x_scales_refs:
-                scaled = scaled * ref[:, group]
-            total += scaled * scales_ref[group].astype(jnp.float32)
+                part *= ref[:, group]
+            total += part * scales_ref[group].astype(jnp.float32)
     out_ref[...] = total.astype(out_ref.dtype)
 
 
 def _block_diagonal(x: jax.Array, count: int) -> jax.Array:
-    """x [M, count * size] -> [count * M, count * size]: the i-th M rows keep the i-th group of columns.
+    """x [m, count * size] -> [count * m, count * size], of which the i-th m rows keep the i-th group of columns.
 
-    A pass through the matrix unit contracts 128 columns; so one gives the sums of all the groups that share them.
+    So one product gives the sums of each group by itself.
     """
     if count == 1:
         return x
@@ -168,38 +215,9 @@ def _block_diagonal(x: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([jnp.where(group == i, x, jnp.zeros_like(x)) for i in range(count)])
 
 
-def _blocks(x: jax.Array, w: QuantizedArray, out_dtype: jnp.dtype, limit: int) -> tuple[int, int]:
-    """Rows of x and of w in a block: large ones, halved until a step reads little enough and fits.
-
-    Raises:
-      NotImplementedError: the smallest do not fit.
-    """
-    rows, columns = x.shape
-    groups = w.scales.shape[1]
-    together = max(1, LANES * groups // columns)
-    least = 32 // x.dtype.itemsize  # a tile's rows
-
-    def held(m: int, n: int) -> int:
-        pipelined = m * columns * x.dtype.itemsize + n * columns * _bits(w) // 8
-        pipelined += groups * n * w.dtype.itemsize + m * n * out_dtype.itemsize + 4 * m * max(groups, LANES)
-        return 2 * pipelined + 4 * m * n * (together + 1) + n * LANES * together * (4 + x.dtype.itemsize)
-
-    m = min(_MAX_BLOCK_ROWS, max(least, pl.next_power_of_2(rows)))
-    n = 16 * LANES
-    while n > LANES and (n // 2 >= w.shape[0] or n * columns * _bits(w) > 8 * _STEP_BYTES):
-        n //= 2
-    while held(m, n) > limit:
-        if m > least:
-            m //= 2
-        elif n > LANES:
-            n //= 2
-        else:
-            raise NotImplementedError(f"matmul on a TPU: {held(m, n)} bytes of VMEM, more than {limit}")
-    return m, n
-
-
-def _bits(w: QuantizedArray) -> int:
-    return jnp.iinfo(w.values.dtype).bits
+def _tile_rows(dtype: jnp.dtype) -> int:
+    """Rows of a tile in VMEM."""
+    return 32 // dtype.itemsize
 
 
 def _vmem_limit() -> int:
