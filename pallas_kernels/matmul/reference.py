@@ -60,7 +60,7 @@ def round_groups(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       Values [M, count, K / count] int8 and scales [M, count] float32; a group of zeros has the scale 0.
     """
-    groups = x.astype(jnp.float32).reshape(x.shape[0], count, -1)
+    groups = x.astype(jnp.float32).reshape(x.shape[0], count, x.shape[1] // count)
     scales = jnp.max(jnp.abs(groups), axis=-1) / 127
     rounded = jnp.round(groups / jnp.where(scales == 0, 1, scales)[:, :, None]).astype(jnp.int8)
     return rounded, scales

@@ -1,7 +1,6 @@
-"""`matmul` on a TPU for a weight with several scales per row: the time of reading its integers once.
+"""`matmul` on a TPU for a weight with several scales per row: few rows take the time of reading its integers once.
 
-XLA does the other weights as well. Groups of columns it dequantizes first, in memory, which moves eight times the bytes
-of an int4 weight.
+XLA does other weights as well. Such a one it dequantizes first, in memory, which moves eight times the bytes of int4.
 """
 
 import dataclasses
@@ -23,8 +22,8 @@ LANES = 128
 # that the first read of a product, which nothing overlaps, stays a small part of it.
 _STEP_BYTES = 1 << 20
 _MAX_BLOCK_ROWS = 256
-# Rows of a pass through the matrix unit, with groups narrower than a pass; beyond, XLA's way is the faster one.
-_MAX_PASS_ROWS = 512
+# Rows of a pass through the matrix unit that several groups share; with more it costs less to scale the weight.
+_MAX_SHARED_ROWS = 256
 # Of VMEM, where the chip does not say: no chip gives a kernel less.
 _LEAST_VMEM_BYTES = 16 << 20
 
@@ -41,7 +40,8 @@ def matmul(
     There is no derivative. XLA does not partition the call: a program over several devices chooses other backends, see
     `dispatch.prefer`, or calls it within `jax.shard_map`; otherwise it does not compile.
 
-    The scales multiply float32 sums over their groups, so the weight is never rounded to the type that it stands for.
+    Scales multiply float32 sums over their groups, so that nothing is rounded; with many rows and narrow groups they
+    multiply the weight, which is then rounded to the type that it stands for, as in XLA.
 
     Args:
       x: as there.
@@ -50,11 +50,11 @@ def matmul(
       interpret: run without a TPU, see `pl.pallas_call`.
 
     Raises:
-      NotImplementedError: a weight that XLA does as well, a group size or a number of columns that fits no tile, or so
-        many rows that XLA is the faster.
+      NotImplementedError: a weight that XLA does as well, sizes or types that fit no tile, or many rows of integers
+        with narrow groups.
     """
     if not isinstance(w, QuantizedArray) or w.scales.shape[1] == 1:
-        # A conversion to x's type is all that stands before XLA's product, and it fuses that.
+        # There, a conversion to x's type is all that stands before XLA's product, and it fuses that.
         raise NotImplementedError("matmul on a TPU: several scales per row; XLA is as good for other weights")
     rows, columns = math.prod(x.shape[:-1]), w.shape[1]
     _check(rows, w)
@@ -67,7 +67,7 @@ def matmul(
     # Mosaic lays an array of fewer rows than a tile out in its own way, which it cannot stack.
     missing = -rows % _tile_rows(flat.dtype)
     operands = [jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, x_scales) if a is not None]
-    # XLA holds an array as narrow as the scales the other way round: transposing them copies nothing.
+    # XLA holds an array of fewer than 128 columns the other way round: transposing that copies nothing.
     operands[1:1] = [w.values, w.scales.T]
     product = _Product(
         *(rows + missing, w.shape[0], columns, w.scales.shape[1]),
@@ -91,8 +91,8 @@ def _check(rows: int, w: QuantizedArray) -> None:
             f"matmul on a TPU: groups of 32, 64 or a multiple of {LANES} columns and a multiple of {LANES} in all, "
             f"not {columns} / {groups}"
         )
-    if size < LANES and rows * LANES // size > _MAX_PASS_ROWS:
-        raise NotImplementedError(f"matmul on a TPU: few rows with groups of {size} columns, not {rows}")
+    if w.activations == "int8" and size < LANES and rows > _MAX_BLOCK_ROWS:
+        raise NotImplementedError(f"matmul on a TPU: few rows of integers with groups of {size} columns, not {rows}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +118,20 @@ class _Product:
         """Groups that share a pass through the matrix unit, which contracts 128 columns."""
         return max(1, LANES * self.groups // self.columns)
 
+    @property
+    def scales_weight(self) -> bool:
+        """Whether scales multiply the weight, rather than the sums over their groups."""
+        return self.x != jnp.int8 and self.together > 1 and self.rows * self.together > _MAX_SHARED_ROWS
+
     def held(self, m: int, n: int) -> int:
         """Bytes of VMEM that a step with blocks of m rows of x and n of w takes."""
         pipelined = m * self.columns * self.x.itemsize + n * self.columns * self.bits // 8
         pipelined += self.groups * n * self.scales.itemsize + m * n * self.out.itemsize
         if self.x == jnp.int8:
             pipelined += m * max(self.groups, LANES) * 4
-        sums = m * n * 4 * (self.together + 1)
-        return 2 * pipelined + sums + n * LANES * (4 + self.x.itemsize)
+        sums = 4 * m * n * (1 if self.scales_weight else self.together)
+        turned = 4 * n * max(self.groups, LANES) if self.scales_weight else 0
+        return 2 * pipelined + 4 * m * n + sums + turned + n * LANES * (8 + self.x.itemsize)
 
     def blocks(self, limit: int) -> tuple[int, int]:
         """Rows of x and of w in a block: many, halved until a step reads little enough and fits into `limit` bytes.
@@ -151,10 +157,11 @@ def _call(product: _Product, limit: int, interpret: bool | pltpu.InterpretParams
     """The kernel for x [M, K], w's values [N, K] and scales [G, N], and x's scales [M, G] if it is int8 -> [M, N].
 
     The grid is (blocks of rows of x, blocks of rows of w). A step holds x [m, K], w's values [n, K] and scales [G, n],
-    and the result [m, n], each twice, so that the next ones arrive meanwhile; besides, the sums of a pass and their
-    total: `_Product.held` counts the bytes. Columns are not cut: what a step reads then lies together, no sum outlives
-    its step, and all steps may run in any order. Rows of w are the inner loop: x is read once, and w once for each
-    block of x's rows, of which decoding has one.
+    and the result [m, n], each twice, so that the next ones arrive meanwhile; besides, the total [m, n] and what one
+    pass through the matrix unit needs. `_Product.held` counts the bytes: 2.5 MiB of VMEM for 8 rows and gate_up in int4
+    with groups of 64. Columns are not cut: what a step reads then lies together, no sum outlives its step, and steps
+    may run in any order. Rows of w are the inner loop: x is read once, and w once for each block of x's rows, of which
+    decoding has one.
     """
     m, n = product.blocks(limit)
     in_specs = [
@@ -168,7 +175,7 @@ def _call(product: _Product, limit: int, interpret: bool | pltpu.InterpretParams
     moved = size[0] * product.x.itemsize + size[1] * product.bits // 8
     moved += product.out_features * (product.groups * product.scales.itemsize + product.rows * product.out.itemsize)
     return pl.pallas_call(
-        functools.partial(_kernel, group_size=product.columns // product.groups, together=product.together),
+        functools.partial(_kernel, product),
         out_shape=jax.ShapeDtypeStruct((product.rows, product.out_features), product.out),
         # The last blocks may reach beyond: neither rows nor outputs mix, and what lies outside is not written.
         grid=(pl.cdiv(product.rows, m), pl.cdiv(product.out_features, n)),
@@ -181,20 +188,21 @@ def _call(product: _Product, limit: int, interpret: bool | pltpu.InterpretParams
     )
 
 
-def _kernel(*refs: jax.Array, group_size: int, together: int) -> None:
+def _kernel(product: _Product, *refs: jax.Array) -> None:
     """One step: x [m, K], values [n, K], scales [G, n] and perhaps x's scales [m, G] -> [m, n]."""
     x_ref, values_ref, scales_ref, *x_scales_refs, out_ref = refs
-    rows, columns = x_ref.shape
+    rows, together = x_ref.shape[0], product.together
+    size = product.columns // product.groups
+    turned = scales_ref[...].astype(jnp.float32).T if product.scales_weight else None  # [n, G]
     total = jnp.zeros(out_ref.shape, jnp.float32)
-    for first in range(0, columns // group_size, together):
-        cut = slice(first * group_size, (first + together) * group_size)
-        x = _block_diagonal(x_ref[:, cut], together)
-        sums = lax.dot_general(
-            x,
-            values_ref[:, cut].astype(x.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32,
-        ).astype(jnp.float32)
+    for first in range(0, product.groups, together):
+        x = x_ref[:, first * size : (first + together) * size]
+        values = values_ref[:, first * size : (first + together) * size]
+        if turned is not None:
+            scales = _spread(turned[:, first : first + together], values.shape[1])
+            total += _dot(x, (values.astype(jnp.float32) * scales).astype(x.dtype))
+            continue
+        sums = _dot(_block_diagonal(x, together), values.astype(x.dtype)).astype(jnp.float32)
         for i in range(together):
             group = slice(first + i, first + i + 1)
             part = sums[i * rows : (i + 1) * rows]
@@ -202,6 +210,12 @@ def _kernel(*refs: jax.Array, group_size: int, together: int) -> None:
                 part *= ref[:, group]
             total += part * scales_ref[group].astype(jnp.float32)
     out_ref[...] = total.astype(out_ref.dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [m, k] @ w [n, k].T in int32 or float32."""
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=sums)
 
 
 def _block_diagonal(x: jax.Array, count: int) -> jax.Array:
@@ -213,6 +227,16 @@ def _block_diagonal(x: jax.Array, count: int) -> jax.Array:
         return x
     group = lax.broadcasted_iota(jnp.int32, x.shape, 1) // (x.shape[1] // count)
     return jnp.concatenate([jnp.where(group == i, x, jnp.zeros_like(x)) for i in range(count)])
+
+
+def _spread(scales: jax.Array, columns: int) -> jax.Array:
+    """Scales [n, G] -> [n, columns], each over the columns of its group."""
+    rows, count = scales.shape
+    group = lax.broadcasted_iota(jnp.int32, (rows, columns), 1) // (columns // count)
+    spread = jnp.broadcast_to(scales[:, :1], (rows, columns))
+    for i in range(1, count):
+        spread = jnp.where(group == i, scales[:, i : i + 1], spread)
+    return spread
 
 
 def _tile_rows(dtype: jnp.dtype) -> int:
