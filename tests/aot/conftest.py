@@ -29,7 +29,17 @@ TargetHost = Callable[..., AbstractContextManager[Mesh]]
 
 
 @pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> TargetHost:
+def unkept() -> Iterator[None]:
+    """Leaves no program in the compilation cache: without its chip none can be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    least = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    yield
+    jax.config.update(name, least)
+
+
+@pytest.fixture
+def target(monkeypatch: pytest.MonkeyPatch, unkept: None) -> TargetHost:
     """`with target("v5e", data, model) as mesh:` what is traced within is what a host of these chips would trace."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (the extra `aot`)")
