@@ -18,8 +18,8 @@ from pallas_kernels.matmul import reference
 from pallas_kernels.quantized import QuantizedArray
 
 LANES = 128
-# Of a weight, read by one step of the grid: enough to hide what a step costs besides (about 0.35 us), little enough
-# that the first read of a product, which nothing overlaps, stays a small part of it.
+# Of a weight, read by one step of the grid: enough to hide what a step costs besides (0.35 us by Pallas' own guide),
+# little enough that the first read, which no work of the kernel overlaps, stays a small part of a product.
 _STEP_BYTES = 1 << 20
 _MAX_BLOCK_ROWS = 256
 # Rows of a pass through the matrix unit that several groups share; with more it costs less to scale the weight.
@@ -58,22 +58,26 @@ def matmul(
         raise NotImplementedError("matmul on a TPU: several scales per row; XLA is as good for other weights")
     rows, columns = math.prod(x.shape[:-1]), w.shape[1]
     _check(rows, w)
-    x_scales = None
     if w.activations == "int8":
-        groups, x_scales = reference.round_groups(x.reshape(rows, columns), w.scales.shape[1])
-        flat = groups.reshape(rows, columns)
+        groups, scales = reference.round_groups(x.reshape(rows, columns), w.scales.shape[1])
+        factors = groups.reshape(rows, columns), scales
     else:
-        flat = x.reshape(rows, columns).astype(w.dtype)
+        factors = (x.reshape(rows, columns).astype(w.dtype),)
     # Mosaic lays an array of fewer rows than a tile out in its own way, which it cannot stack.
-    missing = -rows % _tile_rows(flat.dtype)
-    operands = [jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, x_scales) if a is not None]
-    # XLA holds an array of fewer than 128 columns the other way round: transposing that copies nothing.
-    operands[1:1] = [w.values, w.scales.T]
+    missing = -rows % _tile_rows(factors[0].dtype)
+    whole, *x_scales = (jnp.pad(factor, ((0, missing), (0, 0))) for factor in factors)
     product = _Product(
-        *(rows + missing, w.shape[0], columns, w.scales.shape[1]),
-        *(flat.dtype, w.values.dtype, w.dtype, jnp.dtype(out_dtype)),
+        rows=rows + missing,
+        out_features=w.shape[0],
+        columns=columns,
+        groups=w.scales.shape[1],
+        x=whole.dtype,
+        values=w.values.dtype,
+        scales=w.dtype,
+        out=jnp.dtype(out_dtype),
     )
-    y = _call(product, _vmem_limit(), interpret)(*operands)
+    # XLA holds an array of fewer than 128 columns the other way round: transposing that copies nothing.
+    y = _call(product, _vmem_limit(), interpret)(whole, w.values, w.scales.T, *x_scales)
     return y[:rows].reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -95,7 +99,7 @@ def _check(rows: int, w: QuantizedArray) -> None:
         raise NotImplementedError(f"matmul on a TPU: few rows of integers with groups of {size} columns, not {rows}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Product:
     """Sizes and types of x [M, K] @ w [N, K].T with G groups of columns."""
 

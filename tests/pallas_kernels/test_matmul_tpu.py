@@ -119,7 +119,8 @@ def test_block_size_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("limit", [2**20, 2**22, 2**24])
 def test_blocks_fit(limit: int) -> None:
     bf16, int4 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int4)
-    many = tpu._Product(1024, 16384, 3072, 24, bf16, int4, bf16, bf16)
+    sizes = {"rows": 1024, "out_features": 16384, "columns": 3072, "groups": 24}
+    many = tpu._Product(**sizes, x=bf16, values=int4, scales=bf16, out=bf16)
     assert many.held(*many.blocks(limit)) <= limit
     with pytest.raises(NotImplementedError, match="bytes of VMEM, more than 65536"):
         many.blocks(2**16)
