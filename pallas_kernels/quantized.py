@@ -144,5 +144,8 @@ def take(w: jax.Array | QuantizedArray, rows: jax.Array, dtype: jax.typing.DType
     """Rows of a weight [N, K]: rows [...] int32 -> [..., K] of `dtype`."""
     if not isinstance(w, QuantizedArray):
         return w[rows].astype(dtype)
-    flat = QuantizedArray(w.values[rows.reshape(-1)], w.scales[rows.reshape(-1)])
-    return flat.dequantize(dtype).reshape(*rows.shape, w.shape[1])
+    flat = rows.reshape(-1)
+    # XLA:TPU takes a lone row out of a weight by a slice, for which it first copies the whole weight to another tiling.
+    pair = jnp.pad(flat, (0, 1)) if flat.shape == (1,) else flat
+    taken = QuantizedArray(w.values[pair], w.scales[pair]).dequantize(dtype)
+    return taken[: flat.shape[0]].reshape(*rows.shape, w.shape[1])

@@ -38,11 +38,9 @@ def _dot(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _integer_product(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """The product with x rounded to int8, a scale for each row and group of columns: float32 [M, N]."""
+    """The product with x rounded to int8: float32 [M, N]."""
     count = w.scales.shape[1]
-    groups = x.astype(jnp.float32).reshape(x.shape[0], count, -1)
-    scales = jnp.max(jnp.abs(groups), axis=-1) / 127  # [M, G]
-    rounded = jnp.round(groups / jnp.where(scales == 0, 1, scales)[:, :, None]).astype(jnp.int8)
+    rounded, scales = round_groups(x, count)
     values = w.values.reshape(w.shape[0], count, -1).astype(jnp.int8)
     weight_scales = w.scales.astype(jnp.float32)
     y = jnp.zeros((x.shape[0], w.shape[0]), jnp.float32)
@@ -50,6 +48,22 @@ def _integer_product(x: jax.Array, w: QuantizedArray) -> jax.Array:
         part = _dot(rounded[:, group], values[:, group], jnp.int32).astype(jnp.float32)
         y += part * scales[:, group, None] * _row(weight_scales[:, group])
     return y
+
+
+def round_groups(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Rounds activations to int8, with a scale for each row and group of columns.
+
+    Args:
+      x: [M, K], any float type.
+      count: groups of a row; divides K.
+
+    Returns:
+      Values [M, count, K / count] int8 and scales [M, count] float32; a group of zeros has the scale 0.
+    """
+    groups = x.astype(jnp.float32).reshape(x.shape[0], count, x.shape[1] // count)
+    scales = jnp.max(jnp.abs(groups), axis=-1) / 127
+    rounded = jnp.round(groups / jnp.where(scales == 0, 1, scales)[:, :, None]).astype(jnp.int8)
+    return rounded, scales
 
 
 def _row(vector: jax.Array) -> jax.Array:

@@ -81,8 +81,9 @@ def test_a_row_of_zeros_times_integers() -> None:
     np.testing.assert_array_equal(matmul(jnp.zeros((2, 64)), w, implementation="xla"), 0)
 
 
-def test_lookup_of_rows() -> None:
-    w, rows = quantize(normal(50, 64), Format(8)), jnp.array([[3, 4], [49, 0]])
+@pytest.mark.parametrize("rows", [[[3, 4], [49, 0]], [[49]]], ids=str)
+def test_lookup_of_rows(rows: list) -> None:
+    w, rows = quantize(normal(50, 64), Format(8)), jnp.array(rows, jnp.int32)
     np.testing.assert_array_equal(take(w, rows, jnp.float32), w.dequantize()[rows])
     plain = normal(50, 64)
     np.testing.assert_array_equal(take(plain, rows, jnp.float32), plain[rows])
