@@ -47,9 +47,9 @@ def test_nano_is_a_model_like_any_other(capsys: pytest.CaptureFixture[str]) -> N
     [
         (("text",), 0.95),
         (("speech: known",), 0.6),
-        (("reading: one, large", "reading: one, small"), 0.3),
-        (("figure",), 0.6),
-        (("spoken question",), 0.4),
+        (("reading: one, large", "reading: one, small"), 0.8),
+        (("figure",), 0.8),
+        (("spoken question",), 0.7),
     ],
     ids=["text", "speech", "reading", "figures", "spoken questions"],
 )
