@@ -77,7 +77,7 @@ def test_four_bits_lie_as_the_kernel_reads_them():
     [
         (1, 32, (1, 5)),
         (7, 96, (1, 2, 8)),
-        (130, 320, (1, 2, 3, 5, 8, cpu.MAX_ROWS)),
+        (130, 320, (1, 2, 3, 5, 8, cpu.MAX_ROWS, 77)),
         (37, 3072, (1, 2, 3, 5, 8, cpu.MAX_ROWS)),  # several parts of the columns
         (3, 16384, (1, 8)),
     ],
@@ -218,8 +218,8 @@ def test_what_it_does_not_do(kernels, monkeypatch):
             product(draw(1, 192), draw_weight(4, 192, 4, group))
     with pytest.raises(NotImplementedError, match="scales, not int4 and float16"):
         product(draw(1, 96), draw_weight(4, 96, 4, 32, "float16"))
-    with pytest.raises(NotImplementedError, match="1 to 16 rows and a weight, not 17"):
-        product(draw(cpu.MAX_ROWS + 1, 96), w)
+    with pytest.raises(NotImplementedError, match="1 to 512 rows and a weight, not 513"):
+        product(draw(cpu.MAX_QUANTIZED_ROWS + 1, 96), w)
     monkeypatch.setenv("PHI4MM_NATIVE", "0")
     with pytest.raises(NotImplementedError, match="no compiled kernels"):
         product(draw(1, 96), w)

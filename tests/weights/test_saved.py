@@ -59,13 +59,14 @@ def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, tmp_
     np.testing.assert_array_equal(model.logits(IDS), again.logits(IDS))
 
 
-def test_restores_to_other_shardings_and_types(original: Path) -> None:
+def test_restores_to_other_shardings_and_types(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI4MM_NATIVE", "0")  # one device would round activations
     alone = load(original, dtypes={"params": "float32"})
     assert alone.steps.unpack(alone.weights)["text.norm.weight"].dtype == jnp.float32
     together = load(original, dtypes={"params": "float32"}, mesh={"model": 2})
     leaf = together.steps.unpack(together.weights)["text.layers.0.mlp.down.weight"]
     assert leaf.values.dtype == jnp.int4 and len(leaf.values.sharding.device_set) == 2
-    np.testing.assert_allclose(together.logits(IDS), alone.logits(IDS), atol=0.05)
+    np.testing.assert_allclose(together.logits(IDS), alone.logits(IDS), atol=2e-3)
 
 
 def test_the_manifest_says_what_it_is(original: Path) -> None:
