@@ -17,13 +17,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.quantized import QuantizedArray
 from phi4mm_jax import Phi4MM
+from phi4mm_jax.runtime.memory import bytes_per_device
 from phi4mm_jax.runtime.scoring import score
 from tools.nano.conversations import TASKS, TRANSCRIBE, text_conversation
 from tools.nano.evaluate import measure
@@ -131,11 +131,7 @@ def weight_errors(leaves: Leaves, reference: Leaves) -> list[float]:
 def bytes_per_token(leaves: Leaves) -> int:
     """Bytes of weights that one decode step of text reads."""
     read = {path: leaf for path, leaf in leaves.items() if path.startswith("text.") and not path.endswith(("_a", "_b"))}
-    return sum(_bits(array) * array.size // 8 for array in jax.tree.leaves(read))
-
-
-def _bits(array: jax.Array) -> int:
-    return 4 if array.dtype == jnp.int4 else 8 * array.dtype.itemsize
+    return bytes_per_device(read)
 
 
 def main() -> None:

@@ -16,13 +16,3 @@ class Observed:
     """[N, K]."""
     see: Callable[[jax.Array], None]
     """Is given the other factor [..., K] of each product."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[N, K]."""
-        return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        """2."""
-        return self.weight.ndim

@@ -31,10 +31,10 @@ def matmul(
     Raises:
       ValueError: the shapes do not fit.
     """
-    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     if isinstance(w, Observed):
         w.see(x)
         w = w.weight
+    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
     return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)

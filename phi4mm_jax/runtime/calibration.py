@@ -11,11 +11,10 @@ import numpy as np
 from phi4mm_jax.config import ConfigError, QuantizationConfig
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.encoding import encode_media
 from phi4mm_jax.runtime.gptq import gptq
 from phi4mm_jax.runtime.limits import cache_length, check_length
 from phi4mm_jax.runtime.placement import Leaf, format_of, place_as, quantize_leaf
-from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, plan_prefill, prefill_arguments
+from phi4mm_jax.runtime.prefill import PrefillRow, lone_row, plan_prefill, prefill_arguments
 from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.weights.progress import track
 
@@ -45,12 +44,9 @@ def calibrate(
         raise ConfigError("calibration: has no conversations")
     abstract = steps.abstract()
     forms = {path: form for path, leaf in abstract.items() if (form := format_of(path, leaf, config))}
-    rows = []
     for prompt in prompts:
-        check_length(steps, length := len(prompt.token_ids))
-        (placements,) = encode_media(steps, steps.pack(leaves), [prompt])
-        use_long = length > steps.model.text.original_max_position_embeddings
-        rows.append(PrefillRow(0, prompt.token_ids, placements, use_long, adapter_for(prompt.mode)))
+        check_length(steps, len(prompt.token_ids))
+    rows = [lone_row(steps, steps.pack(leaves), prompt) for prompt in prompts]
     longest = max(cache_length(steps, prompt, max_tokens=0) for prompt in prompts)
     positions = round_up(longest, steps.runtime.engine.cache_buckets)
 

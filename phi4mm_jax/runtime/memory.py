@@ -77,11 +77,11 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
     """Plans `batch` rows of `length` cache positions with `media_tokens` encoded tokens among them."""
     state = steps.state_shapes(batch, length)
     return MemoryPlan(
-        weights=_bytes_per_device(
+        weights=bytes_per_device(
             [placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in steps.abstract().items()]
         ),
-        cache=_bytes_per_device(state.caches),
-        sampling=_bytes_per_device(dataclasses.replace(state, caches=[])),
+        cache=bytes_per_device(state.caches),
+        sampling=bytes_per_device(dataclasses.replace(state, caches=[])),
         media=media_tokens * steps.model.text.hidden_size * steps.activation_dtype.itemsize,
         workspace=_workspace(steps, batch),
         batch=batch,
@@ -89,7 +89,7 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
     )
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that one device holds of arrays given by shape, dtype and sharding."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * _bits(a.dtype) // 8 for a in leaves)

@@ -11,9 +11,9 @@ import numpy as np
 
 from phi4mm_jax.config import EngineConfig
 from phi4mm_jax.models.lora import ADAPTERS
-from phi4mm_jax.processing.prompt import InputMode
+from phi4mm_jax.processing.prompt import InputMode, Prompt
 from phi4mm_jax.runtime.buckets import plan_chunks, round_up
-from phi4mm_jax.runtime.encoding import Placement
+from phi4mm_jax.runtime.encoding import Placement, encode_media
 from phi4mm_jax.runtime.kv_cache import LayerCache
 from phi4mm_jax.runtime.steps import Steps, Weights
 
@@ -44,6 +44,13 @@ class PrefillRow:
     """Its rope regime."""
     adapter: str | None
     """Its LoRA adapter."""
+
+
+def lone_row(steps: Steps, weights: Weights, prompt: Prompt) -> PrefillRow:
+    """A whole prompt in the only row of a cache, its media encoded."""
+    (placements,) = encode_media(steps, weights, [prompt])
+    use_long = len(prompt.token_ids) > steps.model.text.original_max_position_embeddings
+    return PrefillRow(0, prompt.token_ids, placements, use_long, adapter_for(prompt.mode))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

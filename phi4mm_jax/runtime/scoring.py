@@ -6,10 +6,9 @@ import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.encoding import encode_media
 from phi4mm_jax.runtime.limits import cache_length, check_length
 from phi4mm_jax.runtime.memory import GIB, MemoryPlanError, available_memory, host_memory, plan_memory
-from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, plan_prefill, run_prefill
+from phi4mm_jax.runtime.prefill import lone_row, plan_prefill, run_prefill
 from phi4mm_jax.runtime.steps import Steps, Weights
 
 
@@ -34,10 +33,7 @@ def score(steps: Steps, weights: Weights, prompt: Prompt) -> np.ndarray:
         )
     positions = round_up(cache_length(steps, prompt, max_tokens=0), engine.cache_buckets)
     plan_memory(steps, 1, positions).check(available_memory(steps.mesh.devices.flat[0]), weights_loaded=True)
-    (placements,) = encode_media(steps, weights, [prompt])
-    use_long = length > text.original_max_position_embeddings
-    row = PrefillRow(0, prompt.token_ids, placements, use_long, adapter_for(prompt.mode))
-    calls = plan_prefill([row], engine)
+    calls = plan_prefill([lone_row(steps, weights, prompt)], engine)
     caches = steps.new_state(1, positions).caches
     logits = np.empty((length, text.vocab_size), np.float32)
     for call in calls:

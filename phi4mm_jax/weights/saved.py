@@ -12,17 +12,17 @@ import dataclasses
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi4mm_jax.config import ConfigError, QuantizationConfig
+from phi4mm_jax.config import QuantizationConfig
 from phi4mm_jax.config.building import build
 from phi4mm_jax.config.files import read_json
 from phi4mm_jax.weights.hub import CONFIGURATION_FILES
@@ -69,14 +69,17 @@ class Manifest:
             return None
         try:
             values = dict(read_json(path))
-            version = values.pop("format_version")
-            if version != _FORMAT_VERSION:
+            if (version := values.pop("format_version")) != _FORMAT_VERSION:
                 raise CheckpointError(f"{path}: has format_version {version}; this package reads {_FORMAT_VERSION}")
+            if values["storage"] not in get_args(Storage):
+                raise ValueError(f"storage = {values['storage']!r}: expected one of {', '.join(get_args(Storage))}")
             values["quantization"] = build(QuantizationConfig, values["quantization"])
             values["arrays"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in values["arrays"].items()}
             values["files"] = {name: (int(size), int(crc)) for name, (size, crc) in values["files"].items()}
             return cls(**values)
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); save the model again") from None
 
     def write(self, directory: Path) -> None:
@@ -183,7 +186,7 @@ def restore(directory: Path, manifest: Manifest, shapes: Mapping[str, Any], *, p
             problems.append(f"mis-shaped: {key} is {list(shape)}, expected {list(stored[key].shape)}")
     problems += [f"missing file {file}" for file in manifest.files if not (directory / file).is_file()]
     if not problems:
-        checked = _checksums(directory, list(manifest.files), "Checking files", progress)
+        checked = _checksums(directory, manifest.files, "Checking files", progress)
         problems = [f"damaged file {file}" for file, found in checked if found != manifest.files[file]]
     if problems:
         raise CheckpointError.about(directory, problems)
@@ -266,10 +269,9 @@ def _read_safetensors(directory: Path, shapes: dict[str, jax.ShapeDtypeStruct]) 
 
 
 def _checksums(
-    directory: Path, files: Iterable[str], action: str, progress: bool
+    directory: Path, files: Collection[str], action: str, progress: bool
 ) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yields each file with its size and CRC-32."""
-    files = list(files)
     sizes = [(directory / file).stat().st_size for file in files]
     with ThreadPoolExecutor(_READERS, thread_name_prefix="checksums") as readers:
         found = zip(files, readers.map(lambda file: _checksum(directory / file), files), strict=True)

@@ -47,8 +47,7 @@ def test_network_is_that_of_the_runtime(nano: Phi4MM, run: Run, adapter: str) ->
     expected = nano.logits(text, images=pictures, audios=[clip])
 
     network = Network(CONFIG)
-    names = list(nano.steps.abstract())
-    leaves = dict(zip(names, (leaf for tower in nano.weights for leaf in tower), strict=True))
+    leaves = nano.steps.unpack(nano.weights)
     batch = Writer(run).batch([prompt.token_ids], len(prompt.token_ids), Random(0))
     audio = prompt.audios[0]
     features = np.zeros((1, LEAD + 8 * audio.num_tokens, 80), np.float32)

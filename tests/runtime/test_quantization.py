@@ -24,7 +24,7 @@ def load(quantize: str | None, **sections: dict) -> Phi4MM:
 
 
 def leaves(model: Phi4MM) -> dict[str, jax.Array | QuantizedArray]:
-    return dict(zip(model.steps.abstract(), (leaf for tower in model.weights for leaf in tower), strict=True))
+    return model.steps.unpack(model.weights)
 
 
 @pytest.mark.parametrize("form", ["int8", "w8a8", "int4"])

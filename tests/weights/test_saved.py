@@ -132,6 +132,8 @@ def test_a_missing_file_is_found(path: Path) -> None:
         ({"format_version": 2}, "has format_version 2; this package reads 1"),
         ({"quantization": {"decoder": "int3"}}, "damaged .*decoder = 'int3'"),
         ({"files": None}, "damaged"),
+        ({"files": {"config.json": [1]}}, "damaged"),
+        ({"storage": "zip"}, "damaged .*storage = 'zip': expected one of orbax, safetensors"),
         ({"arrays": {}}, "missing: audio"),
     ],
 )

@@ -309,25 +309,23 @@ def label_arrays(
 ) -> dict[str, np.ndarray]:
     """The label fields of a batch, in the order of its crops; of each picture the last ones, which `images` has."""
     vision = run.config.vision
-    shown = list(zip(pictures, images, strict=True))
-    labels, prints = (
-        _joined([label(picture, vision)[-len(image.crops) :] for picture, image in shown], num_crops, IGNORED)
-        for label in (patch_labels, patch_prints)
-    )
+    counts = [len(image.crops) for image in images]
+    whole = [patch_labels(picture, vision) for picture in pictures]
+    labels = _joined([crops[-count:] for crops, count in zip(whole, counts, strict=True)], num_crops, IGNORED)
+    prints = [patch_prints(picture, vision)[-count:] for picture, count in zip(pictures, counts, strict=True)]
     named = np.full((num_crops * vision.tokens_per_crop, 2), _token(run.tokenizer, _NOTHING), np.int32)
     naming = np.zeros(named.shape, np.float32)
     naming[(by_cell(labels, vision) != IGNORED).any(axis=1), 0] = _NOTHING_WEIGHT
     first = 0
-    for picture, image in shown:
-        count = len(image.crops) * vision.tokens_per_crop
-        left_out = len(patch_labels(picture, vision)) * vision.tokens_per_crop - count
+    for picture, crops, count in zip(pictures, whole, counts, strict=True):
+        left_out = (len(crops) - count) * vision.tokens_per_crop
         for cell, name in named_cells(picture, vision):
             if cell >= left_out:
                 cell += first - left_out
                 column = int(naming[cell, 0] == 1)
                 named[cell, column], naming[cell, column] = _token(run.tokenizer, name), 1
-        first += count
-    return {"labels": labels, "prints": prints, "named": named, "naming": naming}
+        first += count * vision.tokens_per_crop
+    return {"labels": labels, "prints": _joined(prints, num_crops, IGNORED), "named": named, "naming": naming}
 
 
 @functools.cache

@@ -16,13 +16,10 @@ from PIL import Image, ImageDraw
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.processing.images import image_features, plan_crops
 from tools.nano.figures import RGB, background, figure_mask, named_colour, stands_out
-from tools.nano.fonts import fonts
 from tools.nano.fonts import fonts as training_fonts
-from tools.nano.marks import LABEL_NAMES, LABELS, NUM_LABELS, Picture, patch_labels
+from tools.nano.marks import LABEL_NAMES, LABELS, Picture, patch_labels
 from tools.nano.typesetting import fit, set_type, turn
 from tools.nano.vocabulary import COLOURS, SHAPES, WORDS
-
-__all__ = ["LABEL_NAMES", "NUM_LABELS", "Picture", "figure_picture", "fonts", "patch_labels", "text_picture"]
 
 TILE = 112
 """Side of the model's crops, in pixels."""
