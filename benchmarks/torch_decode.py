@@ -1,29 +1,18 @@
-"""The yardstick for CPU speed: the decoder's shapes in plain PyTorch bfloat16, with random weights.
+"""A yardstick for CPU speed, for peers.py: the decoder's shapes in plain PyTorch bfloat16, with random weights.
 
-    python benchmarks/torch_decode.py [--layers 32] [--context 512] [--prompt 256] [--repeat 5]
-
-Prints wall and CPU seconds (user + system, all threads) per decoded token and per prefill. It needs PyTorch, which this
-project does not depend on, and 8 GB of memory for all 32 layers. No adapters, no encoders, no sampling.
+It needs PyTorch, which this project does not depend on, and 8 GB of memory for all 32 layers. No adapters, no encoders,
+no sampling.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from phi4mm_jax.config import ModelConfig, TextConfig
+from phi4mm_jax.config import TextConfig
 
 try:
     import torch
     import torch.nn.functional as F
 except ImportError:
     raise SystemExit("this benchmark needs PyTorch: pip install torch") from None
-
-RELEASED = Path(__file__).parents[1] / "configs" / "model" / "phi4mm.toml"
 
 
 class Decoder:
@@ -80,36 +69,3 @@ class Decoder:
         low, high = rotated.chunk(2, dim=-1)
         turned = rotated * self.cos[start:end] + torch.cat([-high, low], dim=-1) * self.sin[start:end]
         return torch.cat([turned, rest], dim=-1)
-
-
-def measure(name: str, run: Callable[[], Any], repeat: int) -> None:
-    """Prints the median cost of `repeat` calls, after one that is not counted."""
-    run()
-    walls, cpus = [], []
-    for _ in range(repeat):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    print(f"| {name} | {statistics.median(walls):.3f} | {statistics.median(cpus):.3f} |", flush=True)
-
-
-def main() -> None:
-    """Parses the arguments and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, metavar="N")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens in the cache when decoding")
-    parser.add_argument("--prompt", type=int, default=256, metavar="N", help="tokens of the prefill")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N")
-    args = parser.parse_args()
-    config = ModelConfig.from_toml(RELEASED).text
-    decoder = Decoder(config, args.layers, max(args.context + 1, args.prompt))
-    tokens = torch.randint(config.vocab_size, (args.prompt,))
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.layers} layers\n")
-    print("| PyTorch bfloat16 | wall s | CPU-s |\n|---|---|---|")
-    measure(f"prefill of {args.prompt} tokens", lambda: decoder(tokens, 0), args.repeat)
-    measure(f"one token after {args.context}", lambda: decoder(tokens[:1], args.context), args.repeat)
-
-
-if __name__ == "__main__":
-    main()

@@ -130,7 +130,7 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi:
   attention.partial.reset(new float[attention.blocks.size() * group * stride]);
   const Kernel kernel = Choose(type, width, widest);
   Share(pool, attention.blocks.size(), 2 * k.size_bytes() / (batch * kv_heads * length) * kBlock,
-        [&](size_t begin, size_t end) { kernel(attention, begin, end); });
+        /*multiple=*/4, [&](size_t begin, size_t end) { kernel(attention, begin, end); });
 
   const float* partial = attention.partial.get();
   for (size_t row = 0; row < batch * kv_heads; ++row) {

@@ -49,16 +49,17 @@ struct Job {
   }
 };
 
-// Calls run(begin, end) for all rows of a weight or blocks of a cache, which have `row_bytes` each, in parts, on the
-// threads of the pool. Nothing that `run` refers to is used after the return.
-inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, std::function<void(size_t, size_t)> run) {
+// Calls run(begin, end) for all rows of a weight or blocks of a cache, which have `row_bytes` each, in parts, a multiple
+// of some rows but for the last, on the threads of the pool. Nothing that `run` refers to is used after the return.
+inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, size_t multiple,
+                  std::function<void(size_t, size_t)> run) {
   const size_t threads = std::max<int64_t>(1, pool.num_threads());
   // Late tasks find no chunk left, after this call has returned: they own the job too.
   auto job = std::make_shared<Job>();
   job->run = std::move(run);
   job->rows = rows;
   const size_t bytes = std::max(kSmallestChunkBytes, std::min(kChunkBytes, rows * row_bytes / (8 * threads)));
-  job->chunk_rows = std::min(kChunkRows, std::max<size_t>(4, bytes / row_bytes / 4 * 4));
+  job->chunk_rows = std::min(kChunkRows, std::max(multiple, bytes / row_bytes / multiple * multiple));
   job->chunks = (rows + job->chunk_rows - 1) / job->chunk_rows;
 
   for (size_t i = 1; i < std::min(threads, job->chunks); ++i) pool.Schedule([job] { job->Work(); });

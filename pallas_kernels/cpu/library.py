@@ -18,7 +18,8 @@ import jax
 _LOG = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("matmul.cc", "quantized.cc", "attention.cc")]
 _INCLUDED = [
-    Path(__file__).with_name(name) for name in ("common.h", "vectors.inc", "dot.inc", "integers.inc", "attention.inc")
+    Path(__file__).with_name(name)
+    for name in ("common.h", "vectors.inc", "dot.inc", "integers.inc", "panels.inc", "attention.inc")
 ]
 _TARGETS = {
     "phi4mm_matmul": "Phi4mmMatmul",

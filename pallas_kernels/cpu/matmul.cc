@@ -82,7 +82,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const Kernel kernel = Choose(type, widest);
   Product product = {reinterpret_cast<const uint16_t*>(w.untyped_data()), out->typed_data(), m, n, k,
                      kernel.pack(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, k)};
-  Share(pool, n, k * sizeof(uint16_t),
+  Share(pool, n, k * sizeof(uint16_t), /*multiple=*/4,
         [product = std::move(product), kernel](size_t begin, size_t end) { kernel.run(product, begin, end); });
   return ffi::Error::Success();
 }

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr size_t kWidestBlock = 128;  // columns that x is rounded in at most
+constexpr size_t kManyRowsOfX = 24;  // from here on panels are faster
 constexpr size_t kMaxScales = kFirstCache / 64;  // of a row of w, while a part of x is in the first cache
 
 struct Line {
@@ -31,6 +32,7 @@ struct Product {
 struct Kernel {
   std::vector<Line> (*pack)(const float* x, size_t m, size_t k);
   void (*run)(const Product& product, size_t begin, size_t end);
+  size_t multiple;  // of rows of w, which `run` is best given
 };
 
 // For each set:
@@ -42,6 +44,7 @@ namespace portable {
 #define VECTOR_BYTES 16
 #define BYTE_OFFSET 0
 #include "integers.inc"
+#include "panels.inc"
 #undef TARGET
 #undef VECTOR_BYTES
 #undef BYTE_OFFSET
@@ -57,6 +60,7 @@ namespace avx2 {
 #define DOT(sums, w, x) _mm256_add_epi32((__m256i)sums, _mm256_madd_epi16( \
     _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w)), _mm256_set1_epi16(1)))
 #include "integers.inc"
+#include "panels.inc"
 #undef TARGET
 #undef BYTE_OFFSET
 #undef DOT
@@ -67,6 +71,7 @@ namespace avx_vnni {
 #define BYTE_OFFSET 128
 #define DOT(sums, w, x) _mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x)
 #include "integers.inc"
+#include "panels.inc"
 #undef TARGET
 #undef VECTOR_BYTES
 #undef BYTE_OFFSET
@@ -79,6 +84,7 @@ namespace avx512_vnni {
 #define BYTE_OFFSET 128
 #define DOT(sums, w, x) _mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x)
 #include "integers.inc"
+#include "panels.inc"
 #undef TARGET
 #undef VECTOR_BYTES
 #undef BYTE_OFFSET
@@ -89,15 +95,15 @@ namespace avx512_vnni {
 
 // The kernel of the widest instruction set that the machine has, up to the given index into INSTRUCTION_SETS of
 // library.py, whose last two stand for VNNI here, in 256 and 512 bits.
-Kernel Choose(bool bytes, size_t block, int64_t widest) {
+Kernel Choose(bool many, bool bytes, size_t block, int64_t widest) {
   const size_t index = block == 32 ? 0 : block == 64 ? 1 : 2;
 #ifdef __x86_64__
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (widest >= 3 && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::kKernels[bytes][index];
-  if (widest >= 2 && fma && __builtin_cpu_supports("avxvnni")) return avx_vnni::kKernels[bytes][index];
-  if (widest >= 1 && fma) return avx2::kKernels[bytes][index];
+  if (widest >= 3 && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::kKernels[many][bytes][index];
+  if (widest >= 2 && fma && __builtin_cpu_supports("avxvnni")) return avx_vnni::kKernels[many][bytes][index];
+  if (widest >= 1 && fma) return avx2::kKernels[many][bytes][index];
 #endif
-  return portable::kKernels[bytes][index];
+  return portable::kKernels[many][bytes][index];
 }
 
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scales,
@@ -115,11 +121,11 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
     return ffi::Error::InvalidArgument("quantized matmul: groups of 32, 64 or a multiple of 128 columns expected");
   }
   const size_t block = size == 32 || size == 64 ? size : kWidestBlock;
-  const Kernel kernel = Choose(bytes, block, widest);
+  const Kernel kernel = Choose(m >= kManyRowsOfX, bytes, block, widest);
   Product product = {reinterpret_cast<const uint8_t*>(w.untyped_data()), scales.untyped_data(),
                      scales.element_type() == ffi::F32, out->typed_data(), m, n, k, groups,
                      (size + block - 1) / block, kernel.pack(x.typed_data(), m, k)};
-  Share(pool, n, bytes ? k : k / 2,
+  Share(pool, n, bytes ? k : k / 2, kernel.multiple,
         [product = std::move(product), kernel](size_t begin, size_t end) { kernel.run(product, begin, end); });
   return ffi::Error::Success();
 }

@@ -1,4 +1,4 @@
-"""`matmul` on a CPU for a weight of 16 or fewer bits: few rows take the time of reading the weight once."""
+"""`matmul` on a CPU: of 16 bit weights with few rows, in the time of reading them once; of quantized ones with any."""
 
 import math
 
@@ -9,10 +9,9 @@ import numpy as np
 from pallas_kernels.cpu import library
 from pallas_kernels.quantized import QuantizedArray
 
-# Beyond, arithmetic is the limit and XLA is as good: with AVX2 from 16 rows on, with AVX-512 after 32.
+# With a 16 bit weight arithmetic is the limit beyond, and XLA is as good: with AVX2 from 16 rows on, with AVX-512 after
+# 32. A quantized one XLA widens first, in memory, and then multiplies at half the rate of integers.
 MAX_ROWS = 16
-# A quantized weight XLA widens first, in memory: it comes near at 512 rows.
-MAX_QUANTIZED_ROWS = 512
 
 
 def matmul(
@@ -34,14 +33,15 @@ def matmul(
         compiled kernels.
     """
     rows = math.prod(x.shape[:-1])
-    most = MAX_QUANTIZED_ROWS if isinstance(w, QuantizedArray) else MAX_ROWS
     widest = library.widest_instruction_set()
     if isinstance(w, QuantizedArray):
         _check_quantized(w)
     elif w.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"matmul on a CPU: bfloat16 or float16 weights, not {w.dtype}")
-    if not 1 <= rows <= most or 0 in w.shape:
-        raise NotImplementedError(f"matmul on a CPU: 1 to {most} rows and a weight, not {rows} and {w.shape}")
+    elif rows > MAX_ROWS:
+        raise NotImplementedError(f"matmul on a CPU: at most {MAX_ROWS} rows with a 16 bit weight, not {rows}")
+    if 0 in (rows, *w.shape):
+        raise NotImplementedError(f"matmul on a CPU: rows and a weight, not {rows} and {w.shape}")
     if jax.default_backend() != "cpu":
         raise NotImplementedError(f"matmul on a CPU: the platform is {jax.default_backend()}")
     if widest is None or not library.available():

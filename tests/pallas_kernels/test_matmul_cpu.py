@@ -117,7 +117,7 @@ def test_what_it_does_not_do(kernels, monkeypatch):
     x, w = draw(cpu.MAX_ROWS + 1, 4, 8, "bfloat16")
     with pytest.raises(NotImplementedError, match="bfloat16 or float16 weights, not float32"):
         product(x, w.astype(jnp.float32))
-    with pytest.raises(NotImplementedError, match="1 to 16 rows and a weight, not 17"):
+    with pytest.raises(NotImplementedError, match="at most 16 rows with a 16 bit weight, not 17"):
         product(x, w)
     with pytest.raises(NotImplementedError, match=r"not 2 and \(0, 8\)"):
         product(x[:2], w[:0])

@@ -220,7 +220,7 @@ class SeeingBatches:
         tiles = rng.choices(self._TILES, self._SHARES)[0]
         pictures, images, crops = [], [], 0
         while True:
-            picture = random_picture(rng, _hardest(index, self._rise), tiles)
+            picture = random_picture(rng, _hardest(index, self._rise), tiles, pairs=0.6, numbers=0.4)
             image = image_features(picture.image, self._run.config.vision)
             if picture.image.size == (TILE, TILE):
                 image = _without_global_view(image)  # which shows just the same

@@ -53,13 +53,17 @@ def answer_about(picture: Picture, kind: str) -> str:
     return {"colour": colour, "shape": shape, "both": f"{colour} {shape}"}[kind]
 
 
-def random_picture(rng: Random, hardest: float, tiles: tuple[int, int]) -> Picture:
+def random_picture(
+    rng: Random, hardest: float, tiles: tuple[int, int], pairs: float = 0.4, numbers: float = 0.3
+) -> Picture:
     """Draws a picture of print or of a figure.
 
     Args:
       rng: the source of all chance.
       hardest: bound of the difficulty, from 0 to 1.
       tiles: most tiles across and down.
+      pairs: share of two words or numbers in print that is not of the easiest.
+      numbers: share of numbers among what is printed.
     """
     largest = tuple(TILE * n for n in tiles)
     while True:
@@ -67,15 +71,15 @@ def random_picture(rng: Random, hardest: float, tiles: tuple[int, int]) -> Pictu
         if rng.random() < 0.25:
             picture = figure_picture(rng, difficulty, largest)
         else:
-            count = 2 if rng.random() < 0.4 * min(4 * hardest, 1) else 1
-            picture = text_picture(rng, [random_print(rng) for _ in range(count)], difficulty, largest)
+            count = 2 if rng.random() < pairs * min(4 * hardest, 1) else 1
+            picture = text_picture(rng, [random_print(rng, numbers) for _ in range(count)], difficulty, largest)
         if fits(picture, largest):
             return picture
 
 
-def random_print(rng: Random) -> str:
-    """Draws a word of the vocabulary or a number from 0 to 99."""
-    return str(rng.randrange(10 ** rng.randint(1, 2))) if rng.random() < 0.3 else rng.choice(WORDS)
+def random_print(rng: Random, numbers: float = 0.3) -> str:
+    """Draws a word of the vocabulary or, this often, a number from 0 to 99."""
+    return str(rng.randrange(10 ** rng.randint(1, 2))) if rng.random() < numbers else rng.choice(WORDS)
 
 
 def fits(picture: Picture, largest: tuple[int, int]) -> bool:
