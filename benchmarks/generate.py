@@ -1,11 +1,11 @@
 """How long loading, encoding, prefill and decoding take, and how much memory; prints a Markdown table.
 
-    python benchmarks/generate.py CKPT... [--config cpu ...] [--cases text_256,image_448,image_1344x896,audio_10s]
-                                  [--max-tokens 32] [--repeat 3] [--set K=V ...]
+    python benchmarks/generate.py CKPT... [--config cpu ...] [--quantize int8 ...] [--max-tokens 32] [--repeat 3]
+                                  [--cases text_256,image_448,image_1344x896,audio_10s] [--set K=V ...]
 
-Every checkpoint and config runs in a process of its own, so that its peak memory is its own. Figures are medians of
-`--repeat` calls after one that compiles. Beside wall time stands CPU time (user + system, all threads), which other
-work on the machine disturbs less. Inputs are made up here: nothing is downloaded.
+Every checkpoint, config and format runs in a process of its own, so that its peak memory is its own. Figures are
+medians of `--repeat` calls after one that compiles. Beside wall time stands CPU time (user + system, all threads),
+which other work on the machine disturbs less. Inputs are made up here: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -179,17 +179,17 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def run(checkpoint: str, config: str, args: argparse.Namespace) -> None:
-    """Loads one checkpoint under one config, measures every case and prints the section of a report."""
+def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Namespace) -> None:
+    """Loads one checkpoint under one config in one format, measures every case and prints the section of a report."""
     import jax
 
     from phi4mm_jax import Phi4MM
 
     loaded: list[Phi4MM] = []
-    options = {"config": config, "progress": False, **parse_settings(args.set)}
+    options = {"config": config, "quantize": quantize, "progress": False, **parse_settings(args.set)}
     load = Cost.of(lambda: loaded.append(Phi4MM.from_pretrained(checkpoint, **options)))
     (model,) = loaded
-    settings = "".join(f", {setting}" for setting in args.set)
+    settings = "".join(f", {setting}" for setting in [*([quantize] if quantize else []), *args.set])
     print(f"### {os.path.basename(os.path.normpath(checkpoint))}, config {config}{settings}\n")
     loading = f"Loading: {load.wall:.1f} s, {load.cpu:.1f} CPU-s, peak memory {peak_memory()}"
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}. {loading}.\n\n{HEADER}", flush=True)
@@ -218,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="directory or hub id")
     parser.add_argument("--config", nargs="+", default=["auto"], metavar="P", help="presets or TOML files")
+    parser.add_argument("--quantize", nargs="+", default=[None], metavar="FORMAT", help="formats to load in")
     parser.add_argument("--cases", default=DEFAULT_CASES, help="comma-separated (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="tokens to decode, 2 or more")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="measured calls per figure")
@@ -227,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--max-tokens must be at least 2 and --repeat at least 1")
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # compile times are those of a first run
     print(f"`python {' '.join(sys.orig_argv[1:])}`\n\n{machine()}\n", flush=True)
-    for checkpoint, config in itertools.product(args.checkpoints, args.config):
-        process = multiprocessing.get_context("spawn").Process(target=run, args=(checkpoint, config, args))
+    for case in itertools.product(args.checkpoints, args.config, args.quantize):
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(*case, args))
         process.start()
         process.join()
         if process.exitcode:

@@ -24,7 +24,7 @@ from phi4mm_jax.runtime.calibration import calibrate
 from phi4mm_jax.runtime.compilation import set_up_compilation
 from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
-from phi4mm_jax.runtime.memory import available_memory, plan_memory
+from phi4mm_jax.runtime.memory import available_memory, plan_memory, return_freed_memory
 from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.placement import place, placed_shape
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
@@ -131,6 +131,7 @@ class Phi4MM:
                 lambda path, value: place(path, value, abstract[path], runtime.quantization),
                 progress=progress,
             )
+        return_freed_memory()
         return cls(str(name), directory, processor, steps, steps.pack(arrays), progress)
 
     def quantize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,13 @@ class MemoryPlan:
         raise MemoryPlanError(
             f"{needed / GIB:.1f} GiB are needed and the device has {available / GIB:.1f} left ({self}); {advice}"
         )
+
+
+def return_freed_memory() -> None:
+    """Gives what was freed back to the system: glibc would keep gigabytes of what loading needed meanwhile."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) -> MemoryPlan:
