@@ -47,13 +47,17 @@ def hopper_mode(monkeypatch, request):
             hopper.check_device("a test")
         except NotImplementedError as error:
             pytest.skip(str(error))
-        return None
+        yield None
+        return
     monkeypatch.setattr(hopper, "dot", _dot)
     try:
         params = plgpu.InterpretGPUParams
     except AttributeError:  # before jax 0.11
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params
-    return params(detect_races=True)
+    yield params(detect_races=True)
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.get_races().races_found
 
 
 def _dot(a, b, *, transposed=False):

@@ -9,18 +9,17 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-MEMORY_BYTES = {"a100": 80e9, "h100": 80e9, "h200": 141e9}
-# Compute capability, multiprocessors, bytes of shared memory for a block, bytes/s, bytes of the second level cache.
+# Compute capability, multiprocessors, bytes of shared memory for a block, of memory, a second, of second level cache.
 _CHIPS = {
-    "a100": (8, 108, 163 << 10, 2.039e12, 40 << 20),
-    "h100": (9, 132, 227 << 10, 3.35e12, 50 << 20),
-    "h200": (9, 132, 227 << 10, 4.8e12, 50 << 20),
+    "a100": (8, 108, 163 << 10, 80e9, 2.039e12, 40 << 20),
+    "h100": (9, 132, 227 << 10, 80e9, 3.35e12, 50 << 20),
+    "h200": (9, 132, 227 << 10, 141e9, 4.8e12, 50 << 20),
 }
 
 
 def describe(chip: str) -> str:
     """The properties by which XLA knows a GPU, as a `GpuTargetConfigProto` in text form."""
-    major, multiprocessors, shared, bandwidth, cache = _CHIPS[chip]
+    major, multiprocessors, shared, memory, bandwidth, cache = _CHIPS[chip]
     features = "feature_extension: ACCELERATED_FEATURES" if major == 9 else ""
     version = '"13.0.0"'
     return f"""
@@ -33,7 +32,7 @@ def describe(chip: str) -> str:
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
       core_count: {multiprocessors} fpus_per_core: {128 if major == 9 else 64} clock_rate_ghz: 1.4
       memory_bandwidth: {bandwidth:.0f} l2_cache_size: {cache}
-      device_memory_size: {MEMORY_BYTES[chip]:.0f} device_address_bits: 64
+      device_memory_size: {memory:.0f} device_address_bits: 64
       name: "NVIDIA {chip.upper()}"
       driver_version: {version} runtime_version: {version} compile_time_toolkit_version: {version} dnn_version: "9.10.0"
     }}
