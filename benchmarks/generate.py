@@ -1,7 +1,7 @@
 """How long loading, encoding, prefill and decoding take, and how much memory; prints a Markdown table.
 
-    python benchmarks/generate.py CKPT... [--config cpu ...] [--quantize int8 ...] [--max-tokens 32] [--repeat 3]
-                                  [--cases text_256,image_448,image_1344x896,audio_10s] [--set K=V ...]
+    python -m benchmarks.generate CKPT... [--config cpu ...] [--quantize int8 ...] [--rows 8] [--max-tokens 32]
+        [--cases text_256,image_448,image_1344x896,audio_10s] [--repeat 3] [--set K=V ...]
 
 Every checkpoint, config and format runs in a process of its own, so that its peak memory is its own. Figures are
 medians of `--repeat` calls after one that compiles. Beside wall time stands CPU time (user + system, all threads),
@@ -133,31 +133,44 @@ def _message(medium: dict[str, Any], text: str) -> list[dict[str, Any]]:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
-    """Measures one case and returns its row of the table."""
+def decoder_bytes(model: Phi4MM) -> int:
+    """Of weights that a step of text rows reads: all of the decoder's but its adapters."""
+    from phi4mm_jax.runtime.memory import bytes_per_device
+
+    adapter = re.compile(r"\.(speech|vision)_[ab]\b")
+    leaves = model.steps.unpack(model.weights).items()
+    return bytes_per_device([leaf for path, leaf in leaves if path.startswith("text.") and not adapter.search(path)])
+
+
+def run_case(model: Phi4MM, case: Case, rows: int, max_tokens: int, repeat: int, shortest: float) -> str:
+    """Measures one case, asked `rows` times at once, and returns its row of the table.
+
+    A step's share of the bandwidth is the part of its time that copying as many bytes would take: `shortest` seconds.
+    """
     import jax
 
     from phi4mm_jax.runtime.encoding import encode_media
 
     def encode() -> None:
         """Reads the media and runs their encoders: what comes before the decoder."""
-        (placements,) = encode_media(model.steps, model.weights, [model.processor.conversation(case.prompt)])
-        jax.block_until_ready([placement.embeddings for placement in placements])
+        prompts = [model.processor.conversation(case.prompt)] * rows
+        placements = encode_media(model.steps, model.weights, prompts)
+        jax.block_until_ready([placement.embeddings for of_a_row in placements for placement in of_a_row])
 
     def answer(tokens: int) -> Any:
-        return model.generate(case.prompt, max_tokens=tokens, ignore_eos=True)
+        return model.generate([case.prompt] * rows, max_tokens=tokens, ignore_eos=True)
 
     has_media = case.images or case.audio_seconds
     media, media_compile = repeated(encode, repeat) if has_media else (Cost(0, 0), Cost(0, 0))
     first_token, compile_prefill = repeated(lambda: answer(1), repeat)
     whole, compile_decode = repeated(lambda: answer(max_tokens), repeat)
-    prompt_tokens = answer(1).usage.prompt_tokens
+    prompt_tokens = sum(out.usage.prompt_tokens for out in answer(1))
     prefill, decode = first_token - media, (whole - first_token) / (max_tokens - 1)
     compiled = media_compile.wall + compile_prefill.wall + compile_decode.wall
     if case.images:
-        rate = f"{media.rate(case.images)} images/s"
+        rate = f"{media.rate(rows * case.images)} images/s"
     else:
-        rate = f"{media.wall / case.audio_seconds:.3g} s per s" if case.audio_seconds else "-"
+        rate = f"{media.wall / (rows * case.audio_seconds):.3g} s per s" if case.audio_seconds else "-"
     cells = [
         case.name,
         f"{prompt_tokens}",
@@ -165,7 +178,8 @@ def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
         f"{media.cpu:.2f}" if has_media else "-",
         prefill.rate(prompt_tokens),
         f"{prefill.cpu:.2f}",
-        decode.rate(1),
+        decode.rate(rows),
+        f"{shortest / decode.wall:.0%}" if decode.wall > 0 else "noise",
         f"{decode.cpu:.3f}",
         f"{first_token.wall:.2f}",
         f"{compiled:.1f}",
@@ -174,15 +188,16 @@ def run_case(model: Phi4MM, case: Case, max_tokens: int, repeat: int) -> str:
 
 
 HEADER = """\
-| case | prompt tokens | media | media CPU-s | prefill tokens/s | prefill CPU-s | decode tokens/s | CPU-s per token \
-| first token s | compile s |
-|---|---|---|---|---|---|---|---|---|---|"""
+| case | prompt tokens | media | media CPU-s | prefill tokens/s | prefill CPU-s | decode tokens/s | of bandwidth \
+| CPU-s per step | first token s | compile s |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Namespace) -> None:
     """Loads one checkpoint under one config in one format, measures every case and prints the section of a report."""
     import jax
 
+    from benchmarks.bandwidth import copy_bandwidth
     from phi4mm_jax import Phi4MM
 
     loaded: list[Phi4MM] = []
@@ -192,9 +207,14 @@ def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Names
     settings = "".join(f", {setting}" for setting in [*([quantize] if quantize else []), *args.set])
     print(f"### {os.path.basename(os.path.normpath(checkpoint))}, config {config}{settings}\n")
     loading = f"Loading: {load.wall:.1f} s, {load.cpu:.1f} CPU-s, peak memory {peak_memory()}"
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}. {loading}.\n\n{HEADER}", flush=True)
+    size, bandwidth = decoder_bytes(model), copy_bandwidth()
+    memory = (
+        f"A device copies {bandwidth / 1e9:.1f} GB/s, read and written, and holds {size / 1e9:.2f} GB of the decoder"
+    )
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}. {loading}. {memory}.\n\n{HEADER}", flush=True)
     for name in args.cases.split(","):
-        print(run_case(model, make_case(name, model), args.max_tokens, args.repeat), flush=True)
+        case, measured = make_case(name, model), (args.rows, args.max_tokens, args.repeat)
+        print(run_case(model, case, *measured, size / bandwidth), flush=True)
     print(f"\nPeak memory of the whole run: {peak_memory()}.\n", flush=True)
 
 
@@ -220,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", nargs="+", default=["auto"], metavar="P", help="presets or TOML files")
     parser.add_argument("--quantize", nargs="+", default=[None], metavar="FORMAT", help="formats to load in")
     parser.add_argument("--cases", default=DEFAULT_CASES, help="comma-separated (%(default)s)")
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="how often each request is made at once")
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="tokens to decode, 2 or more")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="measured calls per figure")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="change a setting")

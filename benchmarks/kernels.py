@@ -1,9 +1,10 @@
 """Products of few rows with weights in each format: time, and bytes of weight read per second.
 
-    python benchmarks/kernels.py [--rows 1 8] [--seconds 30] [--implementation cpu]
+    python -m benchmarks.kernels [--rows 1 8] [--seconds 30] [--implementation cpu]
 
 Formats take turns, call by call, and each cycles through enough weights that none stays in a cache. The minimum is what
-the kernel can do, the median what the machine let it do. `taskset -c 0` before it measures one thread.
+the kernel can do, the median what the machine let it do; the last column compares the minimum with what the device
+itself reaches when it copies memory. `taskset -c 0` before it measures one thread.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.bandwidth import copy_bandwidth, cycled_bytes, programs, seconds
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized import QuantizedArray
 
 SHAPE = (16384, 3072)  # the decoder's gate_up projection
-CYCLED_BYTES = 150_000_000
 FORMATS = {"bfloat16": (16, 1), "int8": (8, 1), "int8, groups of 128": (8, 24)}
 FORMATS |= {f"int4, groups of {size}": (4, SHAPE[1] // size) for size in (128, 64, 32)}
 
@@ -30,12 +31,14 @@ FORMATS |= {f"int4, groups of {size}": (4, SHAPE[1] // size) for size in (128, 6
 def weights(bits: int, groups: int) -> list[jax.Array | QuantizedArray]:
     """Enough random weights of a format that they do not fit a cache."""
     rng = np.random.default_rng(0)
-    count = -(-CYCLED_BYTES * 8 // (bits * SHAPE[0] * SHAPE[1]))
+    count = -(-cycled_bytes() * 8 // (bits * SHAPE[0] * SHAPE[1]))
     if bits == 16:
-        return [jnp.asarray(rng.standard_normal(SHAPE, np.float32), jnp.bfloat16) for _ in range(count)]
-    dtype, end = (jnp.int4, 8) if bits == 4 else (jnp.int8, 128)
-    scales = jnp.full((SHAPE[0], groups), 0.01, jnp.bfloat16)
-    return [QuantizedArray(jnp.asarray(rng.integers(-end, end, SHAPE, np.int8), dtype), scales) for _ in range(count)]
+        first = jnp.asarray(rng.standard_normal(SHAPE, np.float32), jnp.bfloat16)
+    else:
+        dtype, end = (jnp.int4, 8) if bits == 4 else (jnp.int8, 128)
+        scales = jnp.full((SHAPE[0], groups), 0.01, jnp.bfloat16)
+        first = QuantizedArray(jnp.asarray(rng.integers(-end, end, SHAPE, np.int8), dtype), scales)
+    return [first, *(jax.tree.map(jnp.copy, first) for _ in range(count - 1))]
 
 
 def main() -> None:
@@ -48,28 +51,33 @@ def main() -> None:
     device = jax.devices()[0]
     print(f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, weight {SHAPE[0]} x {SHAPE[1]}")
 
-    product = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, implementation=options.implementation))
+    bandwidth = copy_bandwidth()
+    print(f"Copying memory: {bandwidth / 1e9:.1f} GB/s, read and written\n")
+
+    @jax.jit
+    def products(x: jax.Array, ws: list[jax.Array | QuantizedArray]) -> list[jax.Array]:
+        return [matmul(x, w, out_dtype=jnp.float32, implementation=options.implementation) for w in ws]
+
     xs = {
         rows: jnp.asarray(np.random.default_rng(1).standard_normal((rows, SHAPE[1])), jnp.float32)
         for rows in options.rows
     }
-    cycles = {name: weights(*form) for name, form in FORMATS.items()}
+    cycles = {name: programs(weights(*form)) for name, form in FORMATS.items()}
     times: dict[tuple[str, int], list[float]] = {case: [] for case in itertools.product(FORMATS, options.rows)}
     for name, rows in times:
-        product(xs[rows], cycles[name][0]).block_until_ready()
+        jax.block_until_ready(products(xs[rows], cycles[name][0]))
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
         for (name, rows), taken in times.items():
-            for w in cycles[name]:
-                start = time.perf_counter()
-                product(xs[rows], w).block_until_ready()
-                taken.append(time.perf_counter() - start)
-    print("| format | rows | minimum ms | median ms | GB/s at the minimum |\n|---|---|---|---|---|")
+            for ws in cycles[name]:
+                taken.append(seconds(products, xs[rows], ws) / len(ws))
+    print("| format | rows | minimum ms | median ms | GB/s at the minimum | of a copy |\n|---|---|---|---|---|---|")
     for (name, rows), taken in times.items():
         bits, groups = FORMATS[name]
         size = SHAPE[0] * (SHAPE[1] * bits // 8 + (2 * groups if bits < 16 else 0))
         best, usual = 1000 * min(taken), 1000 * statistics.median(taken)
-        print(f"| {name} | {rows} | {best:.2f} | {usual:.2f} | {size / min(taken) / 1e9:.1f} |")
+        rate = size / min(taken)
+        print(f"| {name} | {rows} | {best:.3f} | {usual:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """This project beside its peers on the same shapes and threads, taking turns: prefill, and tokens decoded after it.
 
-    python benchmarks/peers.py phi4mm:CKPT phi4mm:CKPT_INT4 torch llama.cpp:MODEL.gguf [--prompt 512] [--threads 1]
+    python -m benchmarks.peers phi4mm:CKPT phi4mm:CKPT_INT4 torch llama.cpp:MODEL.gguf [--prompt 512] [--threads 1]
 
 Each contestant is loaded in a process of its own and computes while the others wait; a round gives each its turn. Shown
 are medians of CPU time (user and system, all threads) and of wall time, and the CPU time in relation to the first
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from generate import machine
+from benchmarks.generate import machine
 
 Call = Callable[[int], None]
 """Reads the prompt into an empty cache and decodes so many tokens; the first comes from the prompt itself."""
@@ -40,7 +40,7 @@ def open_phi4mm(checkpoint: str, quantize: str, prompt: int) -> Call:
 def open_torch(_: str, threads: int, prompt: int, tokens: int) -> Call:
     """PyTorch."""
     import torch
-    from torch_decode import Decoder
+    from benchmarks.torch_decode import Decoder
 
     from phi4mm_jax.config import ModelConfig
 

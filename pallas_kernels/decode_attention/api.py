@@ -3,10 +3,15 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import cpu, reference, tpu
+from pallas_kernels.decode_attention import cpu, gpu, reference, tpu
 from pallas_kernels.kv import KV
 
-BACKENDS = {"cpu": cpu.decode_attention, "tpu": tpu.decode_attention, "xla": reference.decode_attention}
+BACKENDS = {
+    "cpu": cpu.decode_attention,
+    "gpu": gpu.decode_attention,
+    "tpu": tpu.decode_attention,
+    "xla": reference.decode_attention,
+}
 
 
 def decode_attention(

@@ -3,11 +3,11 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul import cpu, reference, tpu
+from pallas_kernels.matmul import cpu, gpu, reference, tpu
 from pallas_kernels.observed import Observed
 from pallas_kernels.quantized import QuantizedArray
 
-BACKENDS = {"cpu": cpu.matmul, "tpu": tpu.matmul, "xla": reference.matmul}
+BACKENDS = {"cpu": cpu.matmul, "gpu": gpu.matmul, "tpu": tpu.matmul, "xla": reference.matmul}
 
 
 def matmul(

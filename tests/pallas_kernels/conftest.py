@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.cpu import library
 from pallas_kernels.kv import encode
 
@@ -35,3 +37,29 @@ def draw_cache():
         return cache, np.asarray(cache, np.float64)
 
     return draw
+
+
+@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+def hopper_mode(monkeypatch, request):
+    """How kernels for Hopper run: their `interpret`. Skips on another GPU."""
+    if request.param == "gpu":
+        try:
+            hopper.check_device("a test")
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        yield None
+        return
+    monkeypatch.setattr(hopper, "dot", _dot)
+    try:
+        params = plgpu.InterpretGPUParams
+    except AttributeError:  # before jax 0.11
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params
+    yield params(detect_races=True)
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def _dot(a, b, *, transposed=False):
+    """`hopper.dot`; the interpreter knows no product whose first factor is in registers."""
+    return jnp.dot(a[...], b[...].T if transposed else b[...], preferred_element_type=jnp.float32)

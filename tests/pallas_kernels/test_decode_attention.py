@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import decode_attention, tpu
+from pallas_kernels import dispatch, hopper
+from pallas_kernels.decode_attention import decode_attention, gpu, tpu
 from pallas_kernels.kv import encode
 
 CACHES = ["float32", "bfloat16", "uint16", "int8"]
@@ -157,6 +157,59 @@ def test_what_the_tpu_does_not_do():
         attend(cache, encode(cache, jnp.int8))
     with pytest.raises(NotImplementedError, match="a multiple of 128, not 64"):
         attend(cache[..., :64], cache[..., :64])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cache", "lengths"),
+    [
+        (6, 2, 200, (1, 129, 200)),  # the last block moves back; a row has fewer blocks than there are parts
+        (9, 1, 64, (64,)),
+    ],
+)
+def test_gpu(check, hopper_mode, dtype, heads, kv_heads, cache, lengths):
+    attend = partial(gpu.decode_attention, interpret=hopper_mode)
+    check(attend, dtype, heads, kv_heads, 128, cache, lengths, 2e-2, "bfloat16")
+
+
+def test_gpu_takes_several_blocks_in_turn(check, hopper_mode, monkeypatch):
+    monkeypatch.setattr(hopper, "BLOCKS", 2)  # two parts, of up to three blocks
+    gpu._call.cache_clear()
+    attend = partial(gpu.decode_attention, interpret=hopper_mode)
+    check(attend, "bfloat16", 3, 1, 128, 340, (340,), 2e-2, "bfloat16")
+    gpu._call.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_gpu_full_size(check, dtype):
+    try:
+        hopper.check_device("a test")
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    attend = partial(decode_attention, implementation="gpu")
+    check(attend, dtype, 24, 8, 128, 4096, (4096, 1, 2049, 64, 65, 1000, 3000, 4095), 2e-2, "bfloat16")
+
+
+def test_what_the_gpu_does_not_do(monkeypatch):
+    cpu = jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda: cpu)
+
+    def attend(k, v, heads=2):
+        q = jnp.ones((1, heads, k.shape[3]), jnp.bfloat16)
+        return decode_attention(q, k, v, jnp.ones(1, int), scale=1.0, implementation="gpu")
+
+    cache = jnp.ones((1, 2, 64, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bfloat16 or int8, not float32 and float32"):
+        attend(cache.astype(jnp.float32), cache.astype(jnp.float32))
+    with pytest.raises(NotImplementedError, match="not 64 and 1"):
+        attend(cache[..., :64], cache[..., :64])
+    with pytest.raises(NotImplementedError, match="not 128 and 65"):
+        attend(cache, cache, 130)
+    with pytest.raises(NotImplementedError, match="64 or more keys, in fours, not 60"):
+        attend(cache[:, :, :60], cache[:, :, :60])
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        attend(cache, cache)
 
 
 def test_a_sharded_cache_is_not_gathered_where_xla_is_preferred():

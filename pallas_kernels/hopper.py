@@ -1,0 +1,48 @@
+"""What the kernels for Hopper GPUs (H100, H200) share; they are written in Mosaic GPU, one warpgroup for each block."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64
+"""Of a product by one warpgroup."""
+BLOCKS = 2 * 132
+"""Thread blocks that run at once: two on each multiprocessor, so that one computes while the other waits."""
+SHARED_BYTES = 227 << 10
+"""Of a multiprocessor, for the blocks on it."""
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def check_device(operator: str) -> None:
+    """Raises NotImplementedError where the program is not for a Hopper GPU."""
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        raise NotImplementedError(f"{operator} on a GPU: Hopper (H100, H200), not {device.device_kind}")
+
+
+def tiles(columns: int, dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """How rows of so many columns lie in shared memory for the tensor cores: tiles of 8 rows of up to 128 bytes."""
+    bits = bits_of(dtype)
+    swizzle = plgpu.find_swizzle(columns * bits)
+    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def bits_of(dtype: jax.typing.DTypeLike) -> int:
+    """Of a value."""
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits
+
+
+def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """Product by the tensor cores: a [64, k], an array or a reference, with the reference b [k, n] -> float32 [64, n].
+
+    With `transposed`, b is [n, k].
+    """
+
+    def product(total: jax.Array) -> jax.Array:
+        plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+        return total[...]
+
+    columns = b.shape[0] if transposed else b.shape[1]
+    return pl.run_scoped(product, plgpu.ACC((a.shape[0], columns), jnp.float32))

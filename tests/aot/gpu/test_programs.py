@@ -1,0 +1,53 @@
+"""The programs of the released model compile for GPUs and fit; on Hopper they copy neither the cache nor a weight."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+PRESET = "gpu_hopper"
+MEMORY_BYTES = {"a100": 80e9, "h100": 80e9, "h200": 141e9}
+MIB = 2**20
+KEPT = {"decode": 16, "prefill": 64}
+"""MiB of temporaries: a prompt's 512 tokens have 16384 float32 numbers each between gate_up and down."""
+BLOCKS = 36
+"""MiB that attention in XLA adds: it copies 1024 keys and values of eight rows and heads."""
+WIDENED = 96
+"""MiB of gate_up in bfloat16, which XLA's product of a weight with groups adds."""
+SELECTION = {
+    *(("h200", "decode", form, 8, 2) for form in ("int8", "int4")),
+    ("h200", "decode", "int4", 1, 2),
+    ("h200", "prefill", "int4", 8, 2),
+    ("a100", "decode", "int4", 8, 2),
+}
+
+
+def cases() -> Iterator[Any]:
+    """Everything; what is not in the selection is slow."""
+    forms = ("bf16", "int8", "w8a8", "int4")
+    for case in itertools.product(("a100", "h100", "h200"), ("decode", "prefill"), forms, (1, 8), (2, 32)):
+        marks = [] if case in SELECTION else [pytest.mark.slow]
+        yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize(("chip", "program", "form", "batch", "layers"), list(cases()))
+def test_fits(target, compile_program, cache_bytes, chip, program, form, batch, layers) -> None:
+    with target(chip) as mesh:
+        compiled = compile_program(mesh, PRESET, program, form, batch, layers)
+    on_hopper, decodes, grouped = chip != "a100", program == "decode", form == "int4"
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes * layers
+    most = KEPT[program] + (decodes and not on_hopper) * BLOCKS
+    most += (grouped and not (decodes and on_hopper)) * WIDENED
+    assert memory.temp_size_in_bytes <= most * MIB
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert kept + memory.temp_size_in_bytes < MEMORY_BYTES[chip]
+    kernels = (4 * grouped + 1) * layers if decodes and on_hopper else 0  # products, and attention
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == kernels
+
+
+def test_tensor_parallel_decode_takes_the_forms_that_xla_partitions(target, compile_program) -> None:
+    with target("h200", model=8) as mesh:
+        text = compile_program(mesh, PRESET, "decode", "bf16", 8, 2).as_text()
+    assert "all-reduce" in text and "mosaic_gpu" not in text
