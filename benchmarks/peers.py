@@ -40,8 +40,8 @@ def open_phi4mm(checkpoint: str, quantize: str, prompt: int) -> Call:
 def open_torch(_: str, threads: int, prompt: int, tokens: int) -> Call:
     """PyTorch."""
     import torch
-    from benchmarks.torch_decode import Decoder
 
+    from benchmarks.torch_decode import Decoder
     from phi4mm_jax.config import ModelConfig
 
     torch.set_num_threads(threads)

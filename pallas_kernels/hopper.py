@@ -1,5 +1,9 @@
 """What the kernels for Hopper GPUs (H100, H200) share; they are written in Mosaic GPU, one warpgroup for each block."""
 
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,6 +15,7 @@ BLOCKS = 2 * 132
 """Thread blocks that run at once: two on each multiprocessor, so that one computes while the other waits."""
 SHARED_BYTES = 227 << 10
 """Of a multiprocessor, for the blocks on it."""
+_LOG = logging.getLogger(__name__)
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
@@ -19,6 +24,27 @@ def check_device(operator: str) -> None:
     device = jax.devices()[0]
     if getattr(device, "compute_capability", None) != "9.0":
         raise NotImplementedError(f"{operator} on a GPU: Hopper (H100, H200), not {device.device_kind}")
+
+
+def prove(operator: str, cases: Callable[[], bool]) -> bool:
+    """Runs small cases and says whether the kernel computes on this GPU what XLA does.
+
+    The kernels have been interpreted and compiled, but run on no GPU yet: each must pass before it is used. That is
+    when a program is traced, so the cases run in a thread of their own, where none is.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            right, reason = thread.submit(cases).result(), "it is wrong here"
+        except jax.errors.JaxRuntimeError as error:
+            right, reason = False, str(error)
+    if not right:
+        _LOG.warning("%s is left to XLA, as the kernel fails on this GPU: %s", operator, reason)
+    return right
+
+
+def close(y: jax.Array, expected: jax.Array) -> bool:
+    """Whether two results differ by no more than the rounding of bfloat16."""
+    return bool(jnp.allclose(y, expected, rtol=2e-2, atol=2e-2))
 
 
 def tiles(columns: int, dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.kv import KV, QuantizedKV
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.kv import KV, QuantizedKV, encode
 
 _WIDTH = 128  # of a head
 _BLOCK = 64  # keys of a step
@@ -61,6 +62,35 @@ def decode_attention(
         raise NotImplementedError(f"decode_attention on a GPU: {_BLOCK} or more keys, in fours, not {positions}")
     if not interpret:
         hopper.check_device("decode_attention")
+        if not is_right():
+            raise NotImplementedError("decode_attention on a GPU: the kernel fails on this one")
+    return _attend(q, k, v, lengths, scale, interpret)
+
+
+@functools.cache
+def is_right(interpret: Any = None) -> bool:
+    """Whether the kernel attends rightly to both kinds of cache on this GPU, see `hopper.prove`."""
+
+    def cases() -> bool:
+        keys = jax.random.split(jax.random.key(0), 3)
+        q, *cached = (jax.random.normal(key, (2, n, 192, _WIDTH)) for key, n in zip(keys, (3, 1, 1), strict=True))
+        lengths, scale = jnp.asarray([1, 150]), _WIDTH**-0.5
+
+        def right(dtype: jnp.dtype) -> bool:
+            k, v = (encode(vectors, dtype) for vectors in cached)
+            expected = reference.decode_attention(q[:, :, 0], k, v, lengths, scale=scale)
+            return hopper.close(_attend(q[:, :, 0], k, v, lengths, scale, interpret), expected)
+
+        return right(jnp.bfloat16) and right(jnp.int8)
+
+    return hopper.prove("decode_attention", cases)
+
+
+def _attend(q: jax.Array, k: KV, v: KV, lengths: jax.Array, scale: float, interpret: Any) -> jax.Array:
+    """The kernel, its parts put together."""
+    b, n, h = q.shape
+    kv_heads, positions = k.shape[1:3]
+    group = n // kv_heads
     attention = _Attention(
         rows=b, kv_heads=kv_heads, positions=positions, quantized=isinstance(k, QuantizedKV), scale=scale, group=group
     )

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.matmul import reference
 from pallas_kernels.quantized import QuantizedArray
 
 _MAX_ROWS = 32  # with more, registers spill
@@ -54,9 +55,32 @@ def matmul(
     product = sizes(rows, w)
     if not interpret:
         hopper.check_device("matmul")
-    whole = jnp.pad(x.reshape(rows, -1).astype(w.dtype), ((0, product.rows - rows), (0, 0)))
-    parts = _call(product, interpret)(whole, w.values, w.scales)
-    return parts.sum(axis=0).T[:rows].astype(out_dtype).reshape(*x.shape[:-1], w.shape[0])
+        if not is_right():
+            raise NotImplementedError("matmul on a GPU: the kernel fails on this one")
+    y = _multiply(product, x.reshape(rows, -1), w, interpret)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], w.shape[0])
+
+
+@functools.cache
+def is_right(interpret: Any = None) -> bool:
+    """Whether the kernel does int4 and int8 with split columns rightly on this GPU, see `hopper.prove`."""
+
+    def cases() -> bool:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[0], (5, 2048), jnp.bfloat16)
+        scales = jax.random.uniform(keys[1], (64, 32), jnp.bfloat16, 0.001, 0.01)
+        values = jax.random.randint(keys[2], (64, 2048), -8, 8)
+        weights = [QuantizedArray(values.astype(dtype), scales) for dtype in (jnp.int4, jnp.int8)]
+        expected = reference.matmul(x, weights[0], out_dtype=jnp.float32)
+        return all(hopper.close(_multiply(sizes(5, w), x, w, interpret), expected) for w in weights)
+
+    return hopper.prove("matmul", cases)
+
+
+def _multiply(product: "Product", x: jax.Array, w: QuantizedArray, interpret: Any) -> jax.Array:
+    """x [rows, K] @ w [N, K].T in float32."""
+    whole = jnp.pad(x.astype(w.dtype), ((0, product.rows - len(x)), (0, 0)))
+    return _call(product, interpret)(whole, w.values, w.scales).sum(axis=0).T[: len(x)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

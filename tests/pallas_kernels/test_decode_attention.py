@@ -180,6 +180,13 @@ def test_gpu_takes_several_blocks_in_turn(check, hopper_mode, monkeypatch):
     gpu._call.cache_clear()
 
 
+def test_gpu_proves_itself_before_it_is_used(hopper_mode):
+    gpu._call.cache_clear()
+    gpu.is_right.cache_clear()
+    assert jax.jit(lambda: jnp.full(1, gpu.is_right(hopper_mode)))()
+    gpu.is_right.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_gpu_full_size(check, dtype):

@@ -120,3 +120,14 @@ def test_stages_fit_shared_memory(columns: int, groups: int, values: str) -> Non
         assert product.steps % product.splits == 0
         held = product.stages * product.step_bytes + product.kept_bytes
         assert product.stages == 1 or held <= hopper.SHARED_BYTES
+
+
+def test_it_proves_itself_before_it_is_used(hopper_mode, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    gpu.is_right.cache_clear()
+    assert jax.jit(lambda: jnp.full(1, gpu.is_right(hopper_mode)))()
+    gpu.is_right.cache_clear()
+    multiply = gpu._multiply
+    monkeypatch.setattr(gpu, "_multiply", lambda *args: multiply(*args).at[3, 60].add(0.2))
+    assert not gpu.is_right(hopper_mode)
+    assert "matmul is left to XLA, as the kernel fails on this GPU: it is wrong here" in caplog.text
+    gpu.is_right.cache_clear()

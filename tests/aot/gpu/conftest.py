@@ -9,6 +9,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pallas_kernels.decode_attention import gpu as decode_attention
+from pallas_kernels.matmul import gpu as matmul
+
 # Compute capability, multiprocessors, bytes of shared memory for a block, of memory, a second, of second level cache.
 _CHIPS = {
     "a100": (8, 108, 163 << 10, 80e9, 2.039e12, 40 << 20),
@@ -68,6 +71,8 @@ def target(monkeypatch: pytest.MonkeyPatch, unkept: None, compiler: None):
         with monkeypatch.context() as patch, jax.set_mesh(mesh):
             patch.setattr(jax, "default_backend", lambda: "gpu")
             patch.setattr(jax, "devices", lambda: devices)
+            for kernel in (matmul, decode_attention):
+                patch.setattr(kernel, "is_right", lambda: True)
             yield mesh
 
     return host
