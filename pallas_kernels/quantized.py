@@ -62,6 +62,7 @@ class QuantizedArray:
         return (wide * self.scales.astype(jnp.float32)[:, :, None]).astype(dtype).reshape(self.shape)
 
 
+@functools.partial(jax.jit, static_argnames="form")  # or its loop would be compiled anew for each weight
 def quantize(w: jax.Array, form: Format) -> QuantizedArray:
     """Rounds a weight, each group to the range that has the least squared error (no data needed).
 
