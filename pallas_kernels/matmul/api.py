@@ -1,6 +1,9 @@
 """Product of activations with a weight that lies as [out, in]."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import cpu, reference, tpu
@@ -37,4 +40,17 @@ def matmul(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)
+    if not isinstance(w, QuantizedArray) or w.offsets is None:
+        return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)
+    around_zero = dataclasses.replace(w, offsets=None)
+    y = dispatch.run("matmul", BACKENDS, implementation, x, around_zero, out_dtype=jnp.float32)
+    return (y + _offsets_product(x, w.offsets)).astype(out_dtype)
+
+
+def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:
+    """What offsets [N, G] add to the product with x [..., K]: float32 [..., N].
+
+    Each multiplies the sum of its group of x, whatever the values are, so that no backend has to know of them.
+    """
+    groups = x.reshape(*x.shape[:-1], offsets.shape[1], -1)
+    return reference.matmul(jnp.sum(groups, axis=-1, dtype=jnp.float32), offsets, out_dtype=jnp.float32)
