@@ -19,12 +19,10 @@ from phi4mm_jax.weights.reader import CheckpointError
 from phi4mm_jax.weights.saved import MANIFEST, Manifest, new_directory
 
 IDS = np.arange(20) + 300
-FORMATS = [None, "int8", "w8a8", "int4"]
+FORMATS = [(None, {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("int4", {}), ("int4", {"zero_point": True})]
 
 
 def load(source: str | Path = "nano", quantize: str | None = None, **sections: dict) -> Phi4MM:
-    if quantize == "int4":  # the width of this small model has no groups of 128
-        sections["quantization"] = {"group_size": 32}
     return Phi4MM.from_pretrained(source, quantize=quantize, progress=False, **sections)
 
 
@@ -46,9 +44,9 @@ def path(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, tmp_path: Path) -> None:
-    model = load(quantize=form)
+@pytest.mark.parametrize(("form", "settings"), FORMATS, ids=str)
+def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, settings: dict, tmp_path: Path) -> None:
+    model = load(quantize=form, quantization=settings)
     model.save_pretrained(tmp_path / "saved", storage=storage)
     again = load(tmp_path / "saved")
     before, after = jax.tree.flatten(model.weights), jax.tree.flatten(again.weights)
@@ -72,7 +70,7 @@ def test_restores_to_other_shardings_and_types(original: Path, monkeypatch: pyte
 def test_the_manifest_says_what_it_is(original: Path) -> None:
     manifest = Manifest.read(original)
     assert (manifest.source, manifest.revision) == ("nano", None)
-    assert (manifest.quantization.decoder, manifest.quantization.group_size) == ("int4", 32)
+    assert (manifest.quantization.decoder, manifest.quantization.group_size) == ("int4", 64)
     assert manifest.arrays["text.layers.0.mlp.down.weight.values"] == ("uint8", (192, 512 // 2))
     files = {str(file.relative_to(original)) for file in original.rglob("*") if file.is_file()}
     assert files == {*manifest.files, MANIFEST}
