@@ -11,6 +11,7 @@ from pallas_kernels.observed import Observed
 from pallas_kernels.quantized import QuantizedArray
 
 BACKENDS = {"cpu": cpu.matmul, "tpu": tpu.matmul, "xla": reference.matmul}
+"""They leave out a weight's offsets, which `matmul` adds."""
 
 
 def matmul(
@@ -48,9 +49,6 @@ def matmul(
 
 
 def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:
-    """What offsets [N, G] add to the product with x [..., K]: float32 [..., N].
-
-    Each multiplies the sum of its group of x, whatever the values are, so that no backend has to know of them.
-    """
+    """Offsets [N, G] times the sums of the groups of x [..., K]: float32 [..., N]."""
     groups = x.reshape(*x.shape[:-1], offsets.shape[1], -1)
     return reference.matmul(jnp.sum(groups, axis=-1, dtype=jnp.float32), offsets, out_dtype=jnp.float32)
