@@ -118,7 +118,7 @@ def calibration_conversations() -> list[list[dict[str, Any]]]:
 
 
 def answer_logits(model: Phi4MM, tests: Sequence[Test]) -> np.ndarray:
-    """Log-probabilities of every token of the right answers: float32 [tokens, V]."""
+    """Log-probabilities of every token of the right answers: float64 [tokens, V]."""
     rows = []
     for test in tests:
         for item in items(test, PROMPTS):
@@ -142,8 +142,9 @@ def golden_divergence(model: Phi4MM) -> float:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities: [tokens, V]."""
-    logits = logits - logits.max(axis=-1, keepdims=True)
+    """Log-probabilities of logits [tokens, V]: float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
