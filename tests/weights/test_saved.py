@@ -19,6 +19,7 @@ from phi4mm_jax.weights.reader import CheckpointError
 from phi4mm_jax.weights.saved import MANIFEST, Manifest, new_directory
 
 IDS = np.arange(20) + 300
+GROUPS = {"group_size": 32}
 FORMATS = [(None, {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("int4", {}), ("int4", {"zero_point": True})]
 
 
@@ -35,7 +36,7 @@ def storage(request: pytest.FixtureRequest) -> str:
 def original(storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model; tests that damage it take a copy."""
     path = tmp_path_factory.mktemp("models") / "int4"
-    load(quantize="int4").save_pretrained(path, storage=storage)
+    load(quantize="int4", quantization=GROUPS).save_pretrained(path, storage=storage)
     return path
 
 
@@ -70,7 +71,7 @@ def test_restores_to_other_shardings_and_types(original: Path, monkeypatch: pyte
 def test_the_manifest_says_what_it_is(original: Path) -> None:
     manifest = Manifest.read(original)
     assert (manifest.source, manifest.revision) == ("nano", None)
-    assert (manifest.quantization.decoder, manifest.quantization.group_size) == ("int4", 64)
+    assert (manifest.quantization.decoder, manifest.quantization.group_size) == ("int4", 32)
     assert manifest.arrays["text.layers.0.mlp.down.weight.values"] == ("uint8", (192, 512 // 2))
     files = {str(file.relative_to(original)) for file in original.rglob("*") if file.is_file()}
     assert files == {*manifest.files, MANIFEST}
@@ -184,7 +185,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
 def test_it_cannot_be_quantized_otherwise(original: Path) -> None:
     with pytest.raises(ConfigError, match=r"was saved as .*int4.*to quantize it anew load nano"):
         load(original, quantize="int8")
-    load(original, quantize="int4")  # what it is
+    load(original, quantize="int4", quantization=GROUPS)  # what it is
 
 
 def test_an_existing_directory_is_refused_before_anything_is_loaded(
