@@ -21,23 +21,33 @@ import numpy as np
 
 from benchmarks.bandwidth import copy_bandwidth, cycled_bytes, programs, seconds
 from pallas_kernels.matmul import matmul
-from pallas_kernels.quantized import QuantizedArray
+from pallas_kernels.quantized import Format, QuantizedArray
 
 SHAPE = (16384, 3072)  # the decoder's gate_up projection
-FORMATS = {"bfloat16": (16, 1), "int8": (8, 1), "int8, groups of 128": (8, 24)}
-FORMATS |= {f"int4, groups of {size}": (4, SHAPE[1] // size) for size in (128, 64, 32)}
+FORMATS = {"bfloat16": None, "int8": Format(8), "fp8": Format(8, floating=True), "int8, groups of 128": Format(8, 128)}
+FORMATS |= {f"int4, groups of {size}": Format(4, size) for size in (128, 64, 32)}
+FORMATS |= {"int4, groups of 64, zero point": Format(4, 64, zero_point=True)}
 
 
-def weights(bits: int, groups: int) -> list[jax.Array | QuantizedArray]:
+def weight_bytes(form: Format | None) -> int:
+    """Bytes of a weight."""
+    if form is None:
+        return 2 * SHAPE[0] * SHAPE[1]
+    groups = SHAPE[1] // (form.group_size or SHAPE[1])
+    return SHAPE[0] * (SHAPE[1] * form.bits // 8 + 2 * groups * (2 if form.zero_point else 1))
+
+
+def weights(form: Format | None) -> list[jax.Array | QuantizedArray]:
     """Enough random weights of a format that they do not fit a cache."""
     rng = np.random.default_rng(0)
-    count = -(-cycled_bytes() * 8 // (bits * SHAPE[0] * SHAPE[1]))
-    if bits == 16:
+    count = -(-cycled_bytes() // weight_bytes(form))
+    if form is None:
         first = jnp.asarray(rng.standard_normal(SHAPE, np.float32), jnp.bfloat16)
     else:
-        dtype, end = (jnp.int4, 8) if bits == 4 else (jnp.int8, 128)
-        scales = jnp.full((SHAPE[0], groups), 0.01, jnp.bfloat16)
-        first = QuantizedArray(jnp.asarray(rng.integers(-end, end, SHAPE, np.int8), dtype), scales)
+        low, high = form.limits
+        values = jnp.asarray(rng.integers(low, high + 1, SHAPE, np.int16), form.dtype)
+        scales = jnp.full((SHAPE[0], SHAPE[1] // (form.group_size or SHAPE[1])), 0.01, jnp.bfloat16)
+        first = QuantizedArray(values, scales, offsets=scales if form.zero_point else None)
     return [first, *(jax.tree.map(jnp.copy, first) for _ in range(count - 1))]
 
 
@@ -62,7 +72,7 @@ def main() -> None:
         rows: jnp.asarray(np.random.default_rng(1).standard_normal((rows, SHAPE[1])), jnp.float32)
         for rows in options.rows
     }
-    cycles = {name: programs(weights(*form)) for name, form in FORMATS.items()}
+    cycles = {name: programs(weights(form)) for name, form in FORMATS.items()}
     times: dict[tuple[str, int], list[float]] = {case: [] for case in itertools.product(FORMATS, options.rows)}
     for name, rows in times:
         jax.block_until_ready(products(xs[rows], cycles[name][0]))
@@ -73,10 +83,8 @@ def main() -> None:
                 taken.append(seconds(products, xs[rows], ws) / len(ws))
     print("| format | rows | minimum ms | median ms | GB/s at the minimum | of a copy |\n|---|---|---|---|---|---|")
     for (name, rows), taken in times.items():
-        bits, groups = FORMATS[name]
-        size = SHAPE[0] * (SHAPE[1] * bits // 8 + (2 * groups if bits < 16 else 0))
         best, usual = 1000 * min(taken), 1000 * statistics.median(taken)
-        rate = size / min(taken)
+        rate = weight_bytes(FORMATS[name]) / min(taken)
         print(f"| {name} | {rows} | {best:.3f} | {usual:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |")
 
 

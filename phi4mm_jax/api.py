@@ -92,8 +92,8 @@ class Phi4MM:
           config: "auto" (by device), a preset's name, a TOML file, or a `RuntimeConfig`.
           dtype: of the weights: "bfloat16", "float16" or "float32"; with "float32" activations, cache and products
             are float32 as well.
-          quantize: hold the weights in few bits: "int8", "w8a8", "int4", or a name of mistral.rs ("Q4K", 8) for the
-            nearest of these; section `quantization` of the configuration says it in more detail.
+          quantize: hold the weights in few bits: "int8", "w8a8", "fp8", "int4", or a name of mistral.rs ("Q4K", 8) for
+            the nearest of these; section `quantization` of the configuration says it in more detail.
           token: hub token; the environment's by default.
           local_files_only: never go to the network.
           progress: show progress while loading, and print the memory plan of each new batch shape (standard error).

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command)
     for command in (generate, chat, quantize, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
-        command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8 or int4")
+        command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8, fp8 or int4")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
     quantize.set_defaults(quantize="int8")
     for command in (generate, chat, quantize, info):

@@ -1,6 +1,9 @@
 """Product of activations with a weight that lies as [out, in]."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import cpu, gpu, reference, tpu
@@ -8,6 +11,7 @@ from pallas_kernels.observed import Observed
 from pallas_kernels.quantized import QuantizedArray
 
 BACKENDS = {"cpu": cpu.matmul, "gpu": gpu.matmul, "tpu": tpu.matmul, "xla": reference.matmul}
+"""They leave out a weight's offsets, which `matmul` adds."""
 
 
 def matmul(
@@ -37,4 +41,14 @@ def matmul(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)
+    if not isinstance(w, QuantizedArray) or w.offsets is None:
+        return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)
+    around_zero = dataclasses.replace(w, offsets=None)
+    y = dispatch.run("matmul", BACKENDS, implementation, x, around_zero, out_dtype=jnp.float32)
+    return (y + _offsets_product(x, w.offsets)).astype(out_dtype)
+
+
+def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Offsets [N, G] times the sums of the groups of x [..., K]: float32 [..., N]."""
+    groups = x.reshape(*x.shape[:-1], offsets.shape[1], -1)
+    return reference.matmul(jnp.sum(groups, axis=-1, dtype=jnp.float32), offsets, out_dtype=jnp.float32)

@@ -21,7 +21,7 @@ def matmul(
     elif w.activations == "int8":
         y = _integer_product(rows, w)
     elif w.scales.shape[1] == 1:
-        # One scale per row moves out of the sum, and small integers are exact in any float.
+        # One scale per row moves out of the sum, and values of 8 bits are exact in any float.
         y = _dot(rows.astype(w.dtype), w.values.astype(w.dtype), jnp.float32) * _row(w.scales[:, 0])
     else:
         y = _dot(rows.astype(w.dtype), w.dequantize(), jnp.float32)

@@ -82,7 +82,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _coerce(name: str, value: Any, annotation: Any) -> Any:
-    """Returns `value` as `annotation`: a dataclass, a tuple of one type, a literal, str, int or float."""
+    """Returns `value` as `annotation`: a dataclass, a tuple of one type, a literal, str, bool, int or float."""
     if dataclasses.is_dataclass(annotation):
         return _coerce_table(name, value, annotation)
     arguments = typing.get_args(annotation)
@@ -94,9 +94,10 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise wrong(name, value, "expected a list")
         return tuple(_coerce(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
-    if isinstance(value, bool) or not isinstance(value, str if annotation is str else (int, annotation)):
+    fits = isinstance(value, str if annotation is str else (int, annotation))
+    if isinstance(value, bool) != (annotation is bool) or not fits:
         raise wrong(name, value, f"expected {annotation.__name__}")
-    if annotation is str:
+    if annotation in (str, bool):
         return value
     if annotation is int:
         if abs(value) >= 2**31:

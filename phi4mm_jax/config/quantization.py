@@ -6,31 +6,39 @@ import dataclasses
 import fnmatch
 from typing import Any, Literal
 
-from phi4mm_jax.config.building import ConfigError, Settings
+from phi4mm_jax.config.building import ConfigError, Settings, wrong
 
-WeightFormat = Literal["none", "int8", "w8a8", "int4"]
+RowFormat = Literal["none", "int8", "w8a8", "fp8"]
+WeightFormat = Literal[RowFormat, "int4"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationConfig(Settings):
     """Number formats of the weights of products; everything else keeps `dtypes.params`.
 
-    `int8`: one scale per output. `w8a8`: the same, and activations are rounded to int8 row by row. `int4`: a scale per
-    output and `group_size` inputs.
+    `int8`: one scale per output. `w8a8`: the same, and activations are rounded to int8 row by row. `fp8`: float8_e4m3fn
+    with one scale per output. `int4`: a scale per output and `group_size` inputs.
     """
 
     decoder: WeightFormat = "none"
     """The decoder's projections, without the adapters."""
     adapters: WeightFormat = "none"
     """Both LoRA adapters."""
-    embedding: Literal["none", "int8", "w8a8"] = "none"
+    embedding: RowFormat = "none"
     """The token embedding, which is also the output head."""
-    encoders: Literal["none", "int8", "w8a8"] = "none"
+    encoders: RowFormat = "none"
     """The projections of the image and speech encoders."""
     group_size: Literal[32, 64, 128] = 64
     """Inputs that share a scale in int4."""
+    zero_point: bool = False
+    """Whether they share an offset, too."""
     keep: tuple[str, ...] = ()
     """Leaves that are left as they are: patterns such as "text.layers.0.*"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_point and "int4" not in (self.decoder, self.adapters):
+            raise wrong("zero_point", True, "only int4 has one, in decoder or adapters")
 
     @property
     def quantizes(self) -> bool:
@@ -54,6 +62,7 @@ class QuantizationConfig(Settings):
 _WHOLE = {
     "int8": {"decoder": "int8", "adapters": "int8", "embedding": "int8"},
     "w8a8": {"decoder": "w8a8", "adapters": "w8a8", "embedding": "w8a8"},
+    "fp8": {"decoder": "fp8", "adapters": "fp8", "embedding": "fp8"},
     "int4": {"decoder": "int4", "adapters": "int8", "embedding": "int8"},
 }
 """What a single word asks for; the encoders, which run once a prompt, stay as they are."""
@@ -68,7 +77,7 @@ def quantization_settings(name: str | int) -> tuple[dict[str, Any], str]:
     """The settings of `QuantizationConfig` that one word asks for, and the format that it comes to.
 
     Args:
-      name: `int8`, `w8a8`, `int4`, or a name of mistral.rs such as `Q4K`, `Q8_0`, 4 or 8.
+      name: `int8`, `w8a8`, `fp8`, `int4`, or a name of mistral.rs such as `Q4K`, `Q8_0`, 4 or 8.
 
     Raises:
       ConfigError: no such format.

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized import Format, QuantizedArray, best_scales, value_limits
+from pallas_kernels.quantized import Format, QuantizedArray, best_ranges
 
 _DAMPING = 0.01
 """Share of the mean square that is added to every input's, for those that were hardly seen."""
@@ -31,27 +31,25 @@ def gptq(w: np.ndarray, moments: np.ndarray, form: Format) -> QuantizedArray:
     spread = _spread(moments)
     importance = _damped(np.diag(moments))
     rest = w.astype(np.float32)
-    values = np.empty((rows, columns), np.int8)
-    limits = value_limits(form.bits)
-    scales = []
+    values = np.empty((rows, columns), form.dtype)
+    ranges: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, columns, step):
         block = slice(start, start + step)
         if form.group_size or not start:
             group = block if form.group_size else slice(None)
-            scales.append(np.asarray(best_scales(rest[:, None, group], form.bits, w.dtype, importance[group])[:, 0]))
-        scale = scales[-1].astype(np.float32)[:, 0]
+            scale, offset = best_ranges(rest[:, None, group], form, w.dtype, importance[group])
+            ranges.append((np.asarray(scale)[:, 0], np.asarray(offset)[:, 0]))
+        scale, offset = (part.astype(np.float32)[:, 0] for part in ranges[-1])
         errors = np.empty((rows, step), np.float32)
         for i in range(step):
             column = start + i
-            values[:, column] = np.clip(np.rint(rest[:, column] / scale), *limits)
-            errors[:, i] = (rest[:, column] - values[:, column] * scale) / spread[column, column]
+            nearest = form.nearest((rest[:, column] - offset) / scale)
+            values[:, column] = nearest
+            errors[:, i] = (rest[:, column] - nearest * scale - offset) / spread[column, column]
             rest[:, column + 1 : block.stop] -= errors[:, i, None] * spread[column, column + 1 : block.stop]
         rest[:, block.stop :] -= errors @ spread[block, block.stop :]
-    return QuantizedArray(
-        jnp.asarray(values, jnp.int4 if form.bits == 4 else jnp.int8),
-        jnp.asarray(np.concatenate(scales, axis=1)),
-        form.activations,
-    )
+    scales, offsets = (jnp.asarray(np.concatenate(parts, axis=1)) for parts in zip(*ranges, strict=True))
+    return QuantizedArray(jnp.asarray(values), scales, form.activations, offsets if form.zero_point else None)
 
 
 def _spread(moments: np.ndarray) -> np.ndarray:

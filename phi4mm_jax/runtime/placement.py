@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -16,7 +15,7 @@ Leaf = jax.Array | QuantizedArray
 
 
 def placed_shape(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Any:
-    """Shape, dtype and sharding of a leaf as it will lie in memory: a `ShapeDtypeStruct`, or a `QuantizedArray` of two.
+    """Shape, dtype and sharding of a leaf as it will lie in memory: a `ShapeDtypeStruct` or a `QuantizedArray` of them.
 
     Raises:
       ConfigError: the leaf cannot have the format that is asked for.
@@ -26,18 +25,16 @@ def placed_shape(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConf
         return leaf
     rows, columns = leaf.shape
     groups = columns // (form.group_size or columns)
-    # A scale lies with its values; where the columns are cut, so are their groups, if they come out even.
+    # Scales and offsets lie with their values; where the columns are cut, so are their groups, if they come out even.
     spec = (*leaf.sharding.spec, None, None)[:2]
     mesh = leaf.sharding.mesh
     spec = [
         name if name is None or size % mesh.shape[name] == 0 else None
         for name, size in zip(spec, (rows, groups), strict=True)
     ]
-    return QuantizedArray(
-        jax.ShapeDtypeStruct(leaf.shape, jnp.int4 if form.bits == 4 else jnp.int8, sharding=leaf.sharding),
-        jax.ShapeDtypeStruct((rows, groups), leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))),
-        form.activations,
-    )
+    values = jax.ShapeDtypeStruct(leaf.shape, form.dtype, sharding=leaf.sharding)
+    scales = jax.ShapeDtypeStruct((rows, groups), leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return QuantizedArray(values, scales, form.activations, scales if form.zero_point else None)
 
 
 def place(path: str, value: np.ndarray, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Leaf:
@@ -78,10 +75,12 @@ def format_of(path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig)
             return Format(8)
         case "w8a8":
             return Format(8, activations="int8")
+        case "fp8":
+            return Format(8, floating=True)
         case "int4":
             if leaf.shape[1] % config.group_size:
                 raise ConfigError(
                     f"quantization.group_size = {config.group_size} does not divide the {leaf.shape[1]} columns of "
                     f"{path}; take a smaller one, or name the leaf in quantization.keep"
                 )
-            return Format(4, config.group_size)
+            return Format(4, config.group_size, zero_point=config.zero_point)

@@ -3,7 +3,7 @@
 A saved model is a directory with the configuration and tokenizer files of its source, the arrays as Orbax or
 safetensors files, and a manifest. The manifest has the size and checksum of every other file and is written last, and
 the directory gets its name when all is done: what was cut short or damaged is never loaded. Four-bit values are stored
-two in a byte, the first in the lower half.
+two in a byte, the first in the lower half, and float8_e4m3fn as its bits.
 """
 
 from __future__ import annotations
@@ -205,25 +205,30 @@ def _named(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {".".join(str(getattr(k, "key", None) or k.name) for k in path): array for path, array in flat}
 
 
+_PACKED = {jnp.dtype(jnp.int4): 2, jnp.dtype(jnp.float8_e4m3fn): 1}
+"""Values to a byte, of the types that are not stored as such: safetensors' numpy reader has neither."""
+
+
 def _pack(array: jax.Array) -> jax.Array:
-    """An array of four-bit values [N, K] as bytes [N, K / 2]; others as they are."""
-    if array.dtype != jnp.int4:
+    """An array [N, K] of a packed type as bytes [N, K / count]; others as they are."""
+    if (count := _PACKED.get(array.dtype)) is None:
         return array
-    return jax.lax.bitcast_convert_type(array.reshape(array.shape[0], -1, 2), jnp.uint8)
+    rows = array.shape[0]
+    return jax.lax.bitcast_convert_type(array.reshape(rows, -1, count), jnp.uint8).reshape(rows, -1)
 
 
 def _packed_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if shape.dtype != jnp.int4:
+    if (count := _PACKED.get(shape.dtype)) is None:
         return shape
     rows, columns = shape.shape
-    return jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8, sharding=shape.sharding)
+    return jax.ShapeDtypeStruct((rows, columns // count), jnp.uint8, sharding=shape.sharding)
 
 
 def _unpack(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """The inverse of `_pack`."""
-    if shape.dtype != jnp.int4:
+    if shape.dtype not in _PACKED:
         return array
-    values = jax.lax.bitcast_convert_type(array, jnp.int4).reshape(shape.shape)
+    values = jax.lax.bitcast_convert_type(array, shape.dtype).reshape(shape.shape)
     return jax.block_until_ready(jax.device_put(values, shape.sharding))
 
 

@@ -48,9 +48,9 @@ def cases() -> Iterator[Any]:
 def weight(name: str, form: Format) -> QuantizedArray:
     """Its shapes."""
     rows, columns = WEIGHTS[name]
-    values = jax.ShapeDtypeStruct((rows, columns), jnp.int4 if form.bits == 4 else jnp.int8)
-    scales = jax.ShapeDtypeStruct((rows, columns // form.group_size), jnp.bfloat16)
-    return QuantizedArray(values, scales, form.activations)
+    values = jax.ShapeDtypeStruct((rows, columns), form.dtype)
+    scales = jax.ShapeDtypeStruct((rows, columns // (form.group_size or columns)), jnp.bfloat16)
+    return QuantizedArray(values, scales, form.activations, scales if form.zero_point else None)
 
 
 @pytest.mark.parametrize(("chip", "name", "form", "rows"), list(cases()))
@@ -63,9 +63,22 @@ def test_matmul(compile_for, chip: str, name: str, form: Format, rows: int) -> N
     assert compiled.memory_analysis().temp_size_in_bytes < w.values.size // 8 + 4 * x.size
 
 
-def test_rows_of_one_scale_are_left_to_xla(compile_for) -> None:
-    w = QuantizedArray(jax.ShapeDtypeStruct((16384, 3072), jnp.int8), jax.ShapeDtypeStruct((16384, 1), jnp.bfloat16))
-    compiled = compile_for("v5e", matmul, jax.ShapeDtypeStruct((8, 3072), jnp.bfloat16), w)
+@pytest.mark.parametrize(("name", "rows"), [("gate_up", 1), ("gate_up", 8), ("down", 8), ("out", 512)])
+def test_a_zero_point_is_a_product_beside_the_kernel(compile_for, name: str, rows: int) -> None:
+    w = weight(name, Format(4, 64, zero_point=True))
+    x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.bfloat16)
+    compiled = compile_for("v5e", matmul, x, w)
+    assert "%matmul_int4_" in compiled.as_text()
+    # Two results in float32, and the sums of x, whose groups fill half of the lanes.
+    size = w.values.size // 8 + 4 * x.size + 8 * rows * (w.shape[0] + 128)
+    assert compiled.memory_analysis().temp_size_in_bytes < size
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("form", [Format(8), Format(8, floating=True)], ids=["int8", "fp8"])
+def test_rows_of_one_scale_are_left_to_xla(compile_for, chip: str, form: Format) -> None:
+    w = weight("gate_up", form)
+    compiled = compile_for(chip, matmul, jax.ShapeDtypeStruct((8, 3072), jnp.bfloat16), w)
     assert "tpu_custom_call" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < w.values.size // 100
 

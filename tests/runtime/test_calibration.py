@@ -44,7 +44,11 @@ def inputs(columns: int, rows: int = 400) -> np.ndarray:
     return (rng.normal(size=(rows, 12)) @ rng.normal(size=(12, columns))).astype(np.float32)
 
 
-@pytest.mark.parametrize("form", [Format(4, 32), Format(4, 64), Format(4), Format(8)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [Format(4, 32), Format(4, 64), Format(4), Format(8), Format(4, 32, zero_point=True), Format(8, floating=True)],
+    ids=str,
+)
 def test_products_keep_more_of_their_value(form: Format) -> None:
     x, w = inputs(192), np.random.default_rng(1).normal(size=(40, 192)).astype(np.float32)
 
@@ -54,12 +58,20 @@ def test_products_keep_more_of_their_value(form: Format) -> None:
     assert error(gptq(w, x.T @ x, form)) < 0.25 * error(quantize(jnp.asarray(w), form))
 
 
-def test_without_correlation_it_is_plain_rounding() -> None:
+@pytest.mark.parametrize("form", [Format(4, 32), Format(8, floating=True)], ids=str)
+def test_without_correlation_it_is_plain_rounding(form: Format) -> None:
     w = np.random.default_rng(1).normal(size=(24, 96)).astype(np.float32)
-    plain = quantize(jnp.asarray(w), Format(4, 32))
-    rounded = gptq(w, 7 * np.eye(96, dtype=np.float32), Format(4, 32))
+    plain = quantize(jnp.asarray(w), form)
+    rounded = gptq(w, 7 * np.eye(96, dtype=np.float32), form)
     np.testing.assert_array_equal(rounded.values, plain.values)
     np.testing.assert_array_equal(rounded.scales, plain.scales)
+
+
+def test_without_correlation_offsets_are_those_of_plain_rounding() -> None:
+    w, form = np.random.default_rng(1).exponential(size=(24, 96)).astype(np.float32), Format(4, 32, zero_point=True)
+    plain, rounded = quantize(jnp.asarray(w), form), gptq(w, 7 * np.eye(96, dtype=np.float32), form)
+    np.testing.assert_allclose(rounded.offsets, plain.offsets, rtol=1e-5)
+    np.testing.assert_allclose(rounded.dequantize(), plain.dequantize(), atol=1e-5)
 
 
 @pytest.mark.parametrize("moments", [np.zeros((64, 64), np.float32), np.ones((64, 64), np.float32)])

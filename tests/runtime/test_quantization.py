@@ -18,8 +18,6 @@ ASKED = {
 
 
 def load(quantize: str | None, **sections: dict) -> Phi4MM:
-    if quantize == "int4":  # the width of this small model has no groups of 128
-        sections["quantization"] = {"group_size": 32}
     return Phi4MM.from_pretrained("nano", dtype="float32", quantize=quantize, progress=False, **sections)
 
 
@@ -27,9 +25,19 @@ def leaves(model: Phi4MM) -> dict[str, jax.Array | QuantizedArray]:
     return model.steps.unpack(model.weights)
 
 
-@pytest.mark.parametrize("form", ["int8", "w8a8", "int4"])
-def test_the_model_still_answers(form: str) -> None:
-    model = load(form)
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("int8", {}),
+        ("w8a8", {}),
+        ("fp8", {}),
+        ("int4", {"group_size": 32}),
+        ("int4", {"group_size": 64, "zero_point": True}),
+    ],
+    ids=str,
+)
+def test_the_model_still_answers(form: str, settings: dict) -> None:
+    model = load(form, quantization=settings)
     outputs = model.generate([[{"role": "user", "content": text}] for text in ASKED])
     assert [output.text for output in outputs] == list(ASKED.values())
 
@@ -46,8 +54,11 @@ def test_what_is_quantized() -> None:
     assert quantized["text.embed.weight"].values.dtype == jnp.int8
 
 
-def test_the_plan_counts_what_is_placed() -> None:
-    model = load("int4")
+@pytest.mark.parametrize(
+    ("form", "settings"), [("int4", {}), ("int4", {"zero_point": True}), ("fp8", {"encoders": "fp8"})], ids=str
+)
+def test_the_plan_counts_what_is_placed(form: str, settings: dict) -> None:
+    model = load(form, quantization=settings)
     placed = jax.tree.leaves(model.weights)
     size = sum(leaf.size * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize) // 8 for leaf in placed)
     assert plan_memory(model.steps, 1, 1024).weights == size
@@ -62,21 +73,27 @@ def test_encoders_and_exceptions() -> None:
         assert not isinstance(placed[path], QuantizedArray)
 
 
-def test_devices_share_a_quantized_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [{"group_size": 32}, {"group_size": 64, "zero_point": True}], ids=str)
+def test_devices_share_a_quantized_model(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the groups of a row, of which some have three, do not come out even."""
     monkeypatch.setenv("PHI4MM_NATIVE", "0")  # one device would round activations
     ids = np.arange(20) + 300
-    alone = load("int4").logits(ids)
-    together = load("int4", mesh={"model": 2}).logits(ids)
+    alone = load("int4", quantization=settings).logits(ids)
+    together = load("int4", quantization=settings, mesh={"model": 2}).logits(ids)
     np.testing.assert_allclose(together, alone, atol=2e-4)
 
 
 def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="group_size = 128 does not divide the 192 columns of text.layers.0"):
         Phi4MM.from_pretrained("nano", quantize="int4", quantization={"group_size": 128}, progress=False)
-    with pytest.raises(ConfigError, match="quantize = 'int3': expected int8, w8a8, int4"):
+    with pytest.raises(ConfigError, match="quantize = 'int3': expected int8, w8a8, fp8, int4"):
         quantization_settings("int3")
     with pytest.raises(ConfigError, match="quantization.decoder = 'int2': expected one of"):
         RuntimeConfig.load("cpu", quantization={"decoder": "int2"})
+    with pytest.raises(ConfigError, match="quantization.zero_point = True: only int4 has one"):
+        load("fp8", quantization={"zero_point": True})
+    with pytest.raises(ConfigError, match="quantization.zero_point = 1: expected bool"):
+        load("int4", quantization={"zero_point": 1})
 
 
 @pytest.mark.parametrize(("name", "form"), [("Q4K", "int4"), ("Q8_0", "int8"), (4, "int4"), ("8", "int8")])

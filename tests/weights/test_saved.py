@@ -19,12 +19,11 @@ from phi4mm_jax.weights.reader import CheckpointError
 from phi4mm_jax.weights.saved import MANIFEST, Manifest, new_directory
 
 IDS = np.arange(20) + 300
-FORMATS = [None, "int8", "w8a8", "int4"]
+GROUPS = {"group_size": 32}
+FORMATS = [(None, {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("int4", {}), ("int4", {"zero_point": True})]
 
 
 def load(source: str | Path = "nano", quantize: str | None = None, **sections: dict) -> Phi4MM:
-    if quantize == "int4":  # the width of this small model has no groups of 128
-        sections["quantization"] = {"group_size": 32}
     return Phi4MM.from_pretrained(source, quantize=quantize, progress=False, **sections)
 
 
@@ -37,7 +36,7 @@ def storage(request: pytest.FixtureRequest) -> str:
 def original(storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model; tests that damage it take a copy."""
     path = tmp_path_factory.mktemp("models") / "int4"
-    load(quantize="int4").save_pretrained(path, storage=storage)
+    load(quantize="int4", quantization=GROUPS).save_pretrained(path, storage=storage)
     return path
 
 
@@ -46,9 +45,9 @@ def path(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, tmp_path: Path) -> None:
-    model = load(quantize=form)
+@pytest.mark.parametrize(("form", "settings"), FORMATS, ids=str)
+def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, settings: dict, tmp_path: Path) -> None:
+    model = load(quantize=form, quantization=settings)
     model.save_pretrained(tmp_path / "saved", storage=storage)
     again = load(tmp_path / "saved")
     before, after = jax.tree.flatten(model.weights), jax.tree.flatten(again.weights)
@@ -186,7 +185,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
 def test_it_cannot_be_quantized_otherwise(original: Path) -> None:
     with pytest.raises(ConfigError, match=r"was saved as .*int4.*to quantize it anew load nano"):
         load(original, quantize="int8")
-    load(original, quantize="int4")  # what it is
+    load(original, quantize="int4", quantization=GROUPS)  # what it is
 
 
 def test_an_existing_directory_is_refused_before_anything_is_loaded(
