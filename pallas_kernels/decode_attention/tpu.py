@@ -31,8 +31,7 @@ def decode_attention(
     a row's first keys arrive during the last step of the row before. The kv heads come in two halves, which the cores
     of a chip that has two of them share.
 
-    There is no derivative. XLA does not partition the call: a program over several devices chooses other backends, see
-    `dispatch.prefer`, or calls it within `jax.shard_map`; otherwise it does not compile.
+    There is no derivative. XLA does not partition the call: over several devices see `partition`.
 
     Args:
       q: as there.

@@ -64,7 +64,8 @@ def decode_attend(
         slots = jnp.arange(q.shape[0], dtype=jnp.int32)
         where = jnp.where(running, positions, scratch)
         keys, values = (_write(c, new, slots, where) for c, new in zip(cache, (k, v), strict=True))
-        out = decode_attention(q[:, 0], keys, values, jnp.where(running, positions + 1, 1), scale=scale)
+        lengths = jnp.where(running, positions + 1, 1)
+        out = decode_attention(q[:, 0], keys, values, lengths, scale=scale, names=_AXES)
         return out[:, None], (keys, values)
 
     return attend
