@@ -45,7 +45,7 @@ def prefill_attend(
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         keys, values = (_write(c, new, slots, starts) for c, new in zip(cache, (k, v), strict=True))
-        out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size)
+        out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size, names=_AXES)
         return out, (keys, values)
 
     return attend

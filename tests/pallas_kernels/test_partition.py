@@ -13,6 +13,8 @@ from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.matmul import api as matmul_api
 from pallas_kernels.matmul import matmul
+from pallas_kernels.prefill_attention import api as prefill_api
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized import Format, quantize
 
 MESHES = [(1, 8), (2, 2), (4, 1)]
@@ -23,9 +25,8 @@ COMMUNICATION = ("all-gather", "all-reduce", "all-to-all", "collective-permute",
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Without `interpret`, which no caller passes on."""
-    for api in (decode_api, matmul_api):
-        name = "tpu"
-        monkeypatch.setitem(api.BACKENDS, name, partial(api.BACKENDS[name], interpret=True))
+    for api in (decode_api, matmul_api, prefill_api):
+        monkeypatch.setitem(api.BACKENDS, "tpu", partial(api.BACKENDS["tpu"], interpret=True))
 
 
 @pytest.fixture
@@ -80,6 +81,20 @@ def test_decode_attention(spread, draw_cache, mesh, dtype):
     out, exchanged = spread(mesh, tpu, (q, names[:3]), (k, names), (v, names), (lengths, names[:1]))
     assert not exchanged
     np.testing.assert_array_equal(out, tpu(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_prefill_attention(spread, draw_cache, dtype):
+    q, starts, slots = draw((2, 40, 24, 128)), jnp.array([100, 3], jnp.int32), jnp.array([2, 0], jnp.int32)
+    k, v = (draw_cache((4, 8, 140, 128), dtype, seed)[0] for seed in (1, 2))
+    names = ("batch", "kv_heads", None, None)
+    tpu = partial(prefill_attention, scale=0.1, names=names, implementation="tpu")
+    operands = (q, (None, None, "heads", None)), (k, names), (v, names), (starts, (None,)), (slots, (None,))
+    out, exchanged = spread((1, 8), tpu, *operands)
+    assert not exchanged
+    np.testing.assert_array_equal(out, tpu(q, k, v, starts, slots))
+    with pytest.raises(NotImplementedError, match="rows of the cache over 2 devices"):
+        spread((2, 2), tpu, *operands)
 
 
 def test_groups_of_columns_are_not_cut(spread):
