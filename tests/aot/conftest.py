@@ -7,10 +7,11 @@ import contextlib
 import importlib.util
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -69,3 +70,136 @@ def compile_for(target: TargetHost) -> Callable[..., jax.stages.Compiled]:
             return jax.jit(function).lower(*placed).compile()
 
     return compile_function
+
+
+@pytest.fixture
+def schedule() -> Callable[[jax.stages.Compiled], "Program"]:
+    """What a compiled program does, in order."""
+    return lambda compiled: Program(compiled.as_text())
+
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32}
+_BITS |= {"f8e4m3fn": 8, "bf16": 16, "f16": 16, "f32": 32}
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
+_NO_TRAFFIC = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier"}
+_PARTS = {"gather", "dynamic-slice", "slice"}
+
+
+class Array(NamedTuple):
+    """One of an instruction's results."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of HBM: none if it lies on the chip."""
+        return 0 if self.on_chip else self.size
+
+
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
+    name: str
+    results: list[Array]
+    operation: str
+    operands: list[str]
+    attributes: str
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls."""
+        return re.findall(r"(?:calls|body)=%([\w.-]+)", self.attributes)
+
+
+class Program:
+    """What a compiled program moves between memory (HBM) and chip, read from its schedule."""
+
+    def __init__(self, text: str):
+        """Reads what `jax.stages.Compiled.as_text` returns."""
+        self._computations: dict[str, list[Instruction]] = {}
+        for part in text.split("\n\n"):
+            head, *lines = part.strip("\n").split("\n")
+            name = re.match(r"(ENTRY )?%([\w.-]+) \(", head)
+            if name:
+                self._computations[name[2]] = [_instruction(*m.groups()) for m in map(_INSTRUCTION.match, lines) if m]
+                if name[1]:
+                    self._entry = name[2]
+
+    @property
+    def entry(self) -> list[Instruction]:
+        """What it does once."""
+        return self._computations[self._entry]
+
+    def loop(self) -> list[Instruction]:
+        """The body of its loop."""
+        (loop,) = (i for i in self.entry if i.operation == "while")
+        return self._computations[loop.called[0]]
+
+    def traffic(self, instructions: list[Instruction]) -> int:
+        """Bytes that the instructions read from HBM and write to it, the operands of a kernel once and whole."""
+        results = {i.name: i.results for i in instructions}
+        total = 0
+        for i in instructions:
+            if i.operation in _NO_TRAFFIC or i.operation.endswith("-done"):
+                continue
+            if i.operation.endswith("-start"):  # of a copy: to and from, of which one may be a part of the other
+                ends = i.results[:2]
+                total += min(a.size for a in ends) * sum(not a.on_chip for a in ends)
+            elif i.operation == "dynamic-update-slice":
+                total += 2 * sum(a.in_memory for a in results[i.operands[1]])
+            else:
+                total += sum(a.in_memory for a in i.results)
+                for index, name in enumerate(i.operands):
+                    size = sum(a.in_memory for a in results.get(name, ()))
+                    total += min(size, self._read(i, index)) if size else 0
+        return total
+
+    def wide_copies(self, instructions: list[Instruction], weights: list[tuple[int, ...]]) -> list[str]:
+        """Instructions whose result has the shape of a weight, either way round, in bfloat16 or float32."""
+        shapes = {tuple(sorted(shape)) for shape in weights}
+        results = ((i.name, a) for i in instructions for a in i.results)
+        return [name for name, a in results if a.dtype in ("bf16", "f32") and tuple(sorted(a.shape)) in shapes]
+
+    def _read(self, user: Instruction, index: int) -> float:
+        """Bytes of an operand that an instruction reads."""
+        if user.operation in _PARTS:
+            return sum(a.size for a in user.results) if index == 0 else math.inf
+        if user.operation != "fusion":
+            return math.inf
+        inside = self._computations[user.called[0]]
+        array = next(i for i in inside if i.operation == "parameter" and i.operands == [str(index)])
+        return self._read_of(inside, array)
+
+    def _read_of(self, inside: list[Instruction], array: Instruction) -> float:
+        """Bytes of a value of a fusion that the rest of it reads."""
+        users = [i for i in inside if array.name in i.operands]
+        return sum(
+            self._read_of(inside, user) if self._renames(user) else self._read(user, user.operands.index(array.name))
+            for user in users
+        )
+
+    def _renames(self, i: Instruction) -> bool:
+        """Whether, within a fusion, the result is the operand under another name."""
+        if i.operation == "fusion":
+            return all(
+                inner.operation == "parameter" or self._renames(inner) for inner in self._computations[i.called[0]]
+            )
+        return i.operation in ("bitcast", "copy")
+
+
+def _instruction(name: str, results: str, operation: str, operands: str, attributes: str | None):
+    arrays = [
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in (layout or ""))
+        for dtype, shape, layout in _ARRAY.findall(results)
+        if dtype in _BITS
+    ]
+    names = re.findall(r"%([\w.-]+)", operands) or [operands]
+    return Instruction(name, arrays, operation, names, attributes or "")

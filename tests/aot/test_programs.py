@@ -1,99 +1,173 @@
-"""The programs of the released model compile for real chips, fit, and copy neither the cache nor a weight."""
+"""The programs of the released model compile for real chips, fit, and move no more than they must."""
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import prefer
+from pallas_kernels.quantized import QuantizedArray
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.config.quantization import quantization_settings
+from phi4mm_jax.runtime.memory import bytes_per_device
 from phi4mm_jax.runtime.mesh import replicated
 from phi4mm_jax.runtime.placement import placed_shape
 from phi4mm_jax.runtime.steps import Steps
 
-POSITIONS = 32768  # of all rows together
-CACHE_BYTES = 2 * 8 * 128 * 2  # of a position and layer: keys and values, 8 heads of 128, in bfloat16
 CHUNK = 512
 MIB = 2**20
 MOST_TEMPORARIES = {2: 16, 32: 256}
 """MiB by number of layers. Two layers show what is copied in each: the least is a weight of 3072 x 3072 in bfloat16, 18
 MiB, a layer's keys take 64. All 32 show that it all fits."""
+MOST_TRAFFIC = 1.10
+"""Of what a decode step must read: its weights and the live keys and values."""
 
 
-def steps_on(mesh, form: str, layers: int) -> Steps:
+class Case(NamedTuple):
+    """A program of the decoder."""
+
+    chip: str
+    mesh: tuple[int, int]
+    """Chips for rows of the batch, and for heads, MLP columns and vocabulary."""
+    program: str
+    form: str
+    batch: int = 8
+    positions: int = 4096
+    cache: str = "bfloat16"
+    layers: int = 2
+    adapters: bool = False
+
+    def __str__(self) -> str:
+        """A name for the test."""
+        mesh = "x".join(map(str, self.mesh))
+        size = f"{self.batch}x{self.positions}-{self.cache}"
+        return f"{self.chip}-{mesh}-{self.program}-{self.form}-{size}-{self.layers}{'-adapters' * self.adapters}"
+
+
+CHIPS, MESHES, FORMS = ("v5e", "v5p", "v6e"), ((1, 1), (1, 4), (1, 8)), ("bf16", "int8", "w8a8", "int4")
+LONG = {"batch": 1, "positions": 131072 + CHUNK, "cache": "int8", "layers": 32, "adapters": True}
+SELECTION = [
+    *(Case("v5e", (1, 1), "decode", form) for form in FORMS),
+    *(Case("v5e", (1, model), "decode", form) for model in (4, 8) for form in ("int8", "int4")),
+    *(Case("v5e", mesh, "prefill", "int4") for mesh in ((1, 1), (1, 8))),
+    Case("v5e", (1, 1), "decode", "int4", batch=1, cache="int8"),
+    Case("v5e", (2, 4), "decode", "int4"),
+    Case("v5e", (1, 1), "decode", "int4", layers=32, adapters=True),
+]
+"""The rest is slow."""
+
+
+def cases() -> Iterator[Any]:
+    """Each program in each format, on one chip and several; all of its layers where it may be tight."""
+    everything = [*SELECTION]
+    for chip, mesh, program, form in itertools.product(CHIPS, MESHES, ("decode", "prefill"), FORMS):
+        everything += [Case(chip, mesh, program, form), Case(chip, mesh, program, form, layers=32, adapters=True)]
+    for chip, form, cache in itertools.product(CHIPS, FORMS, ("bfloat16", "int8")):
+        everything.append(Case(chip, (1, 1), "decode", form, batch=1, positions=32768, cache=cache))
+    for program, form in itertools.product(("decode", "prefill"), ("int8", "int4")):
+        everything.append(Case("v5e", (1, 1), program, form, **LONG))
+    for case in dict.fromkeys(everything):
+        yield pytest.param(case, marks=[] if case in SELECTION else [pytest.mark.slow], id=str(case))
+
+
+def steps_on(mesh, case: Case) -> Steps:
     model = ModelConfig.load("phi4mm")
-    model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=layers))
-    quantization = {} if form == "bf16" else quantization_settings(form)[0]
-    return Steps(model, RuntimeConfig.load("tpu_v5e_1", quantization=quantization), mesh)
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=case.layers))
+    quantization = {} if case.form == "bf16" else quantization_settings(case.form)[0]
+    runtime = RuntimeConfig.load("tpu_v5e_1", quantization=quantization, dtypes={"kv_cache": case.cache})
+    return Steps(model, runtime, mesh)
 
 
-def text_weights(steps: Steps) -> tuple:
-    """Their shapes, as the runtime would place them."""
-    leaves = steps.abstract().items()
-    return tuple(placed_shape(p, leaf, steps.runtime.quantization) for p, leaf in leaves if p.startswith("text."))
-
-
-def decode(steps: Steps, batch: int, adapters: tuple[str, ...] = ()) -> jax.stages.Compiled:
-    rows = array(steps, jnp.bool_, batch)
-    state = steps.state_shapes(batch, POSITIONS // batch)
-    use = dict.fromkeys(adapters, rows)
-    return steps.decode.lower(text_weights(steps), state, rows, array(steps, jnp.int32), use, kind="greedy").compile()
-
-
-def prefill(steps: Steps, batch: int, adapters: tuple[str, ...] = ()) -> jax.stages.Compiled:
-    """A chunk of one prompt."""
-    caches = steps.state_shapes(batch, POSITIONS // batch).caches
-    index, flag = array(steps, jnp.int32, 1), array(steps, jnp.bool_, 1)
-    prompt = (array(steps, jnp.int32, 1, CHUNK), None, None, index, index, index, flag, dict.fromkeys(adapters, flag))
-    return steps.prefill.lower(text_weights(steps), caches, *prompt).compile()
+def placed(steps: Steps) -> dict[str, Any]:
+    """The shapes of all weights, as the runtime would place them."""
+    return {path: placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in steps.abstract().items()}
 
 
 def array(steps: Steps, dtype, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(steps.mesh))
 
 
-SELECTION = {
-    *(("v5e", decode, form, 8, 2, ()) for form in ("bf16", "int8", "int4")),
-    *(("v5e", decode, form, 1, 2, ()) for form in ("int8", "int4")),
-    ("v5e", prefill, "int4", 8, 2, ()),
-    ("v5e", decode, "int4", 8, 32, ()),
-}
+def compile_text(steps: Steps, case: Case) -> jax.stages.Compiled:
+    """One decode step, or a chunk of one prompt."""
+    weights = tuple(leaf for path, leaf in placed(steps).items() if path.startswith("text."))
+    state = steps.state_shapes(case.batch, case.positions)
+    rows = array(steps, jnp.bool_, case.batch if case.program == "decode" else 1)
+    adapters = dict.fromkeys(("speech", "vision") if case.adapters else (), rows)
+    if case.program == "decode":
+        lowered = steps.decode.lower(weights, state, rows, array(steps, jnp.int32), adapters, kind="greedy")
+    else:
+        tokens, index = array(steps, jnp.int32, 1, CHUNK), array(steps, jnp.int32, 1)
+        lowered = steps.prefill.lower(weights, state.caches, tokens, None, None, index, index, index, rows, adapters)
+    return lowered.compile()
 
 
-def cases() -> Iterator[Any]:
-    """Everything; what is not in the selection is slow."""
-    forms, batches, adapters = ("bf16", "int8", "int4"), (1, 8), ((), ("speech", "vision"))
-    everything = itertools.product(("v5e", "v5p", "v6e"), (decode, prefill), forms, batches, (2, 32), adapters)
-    for case in everything:
-        chip, program, form, batch, layers, used = case
-        name = f"{chip}-{program.__name__}-{form}-{batch}-{layers}{'-adapters' * bool(used)}"
-        yield pytest.param(*case, marks=[] if case in SELECTION else [pytest.mark.slow], id=name)
-
-
-@pytest.mark.parametrize(("chip", "program", "form", "batch", "layers", "adapters"), list(cases()))
-def test_fits_and_copies_nothing(target, chip, program, form, batch, layers, adapters) -> None:
-    with target(chip) as mesh:
-        compiled = program(steps_on(mesh, form, layers), batch, adapters)
+@pytest.mark.parametrize("case", list(cases()))
+def test_decoder(target, schedule, case: Case) -> None:
+    with target(case.chip, *case.mesh) as mesh:
+        steps = steps_on(mesh, case)
+        compiled = compile_text(steps, case)
         capacity = pltpu.get_tpu_info().hbm_capacity_bytes
+    text = {path: leaf for path, leaf in placed(steps).items() if path.startswith("text.")}
+    encoders = bytes_per_device([leaf for path, leaf in placed(steps).items() if path not in text])
+    cache = bytes_per_device(steps.state_shapes(case.batch, case.positions).caches)
     memory = compiled.memory_analysis()
-    cache = POSITIONS * CACHE_BYTES * layers
     assert memory.alias_size_in_bytes >= cache
-    assert memory.temp_size_in_bytes <= MOST_TEMPORARIES[layers] * MIB
+    assert memory.temp_size_in_bytes <= MOST_TEMPORARIES[case.layers] * MIB
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes < capacity
-    kernels = (4 if form == "int4" else 0) + (program is decode)  # products, and attention
-    assert compiled.as_text().count("tpu_custom_call") == kernels * layers
+    assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + encoders < capacity
+
+    rows_are_spread = case.mesh[0] > 1 and case.program == "prefill"  # XLA then attends
+    kernels = (4 if case.form == "int4" else 0) + (not rows_are_spread)
+    assert compiled.as_text().count("tpu_custom_call") == kernels * case.layers
+    program = schedule(compiled)
+    work = program.loop() if case.program == "decode" else program.entry
+    shapes = [
+        leaf.values.sharding.shard_shape(leaf.shape) for leaf in text.values() if isinstance(leaf, QuantizedArray)
+    ]
+    assert not program.wide_copies(work, shapes)
+    if case.program == "decode":
+        used = [leaf for path, leaf in text.items() if case.adapters or not path.endswith(("_a", "_b"))]
+        assert program.traffic(work) <= MOST_TRAFFIC * (bytes_per_device(used) + cache)
 
 
-@pytest.mark.parametrize("form", ["bf16", "int4"])
-def test_tensor_parallel_decode_takes_the_forms_that_xla_partitions(target, form: str) -> None:
-    with target("v5e", model=8) as mesh:
-        compiled = decode(steps_on(mesh, form, 2), 8)
-    text = compiled.as_text()
-    assert "all-reduce" in text and "tpu_custom_call" not in text
-    assert compiled.memory_analysis().temp_size_in_bytes <= MOST_TEMPORARIES[2] * MIB
+def test_a_dequantized_weight_would_be_seen(target, schedule) -> None:
+    """Otherwise the tests above would prove nothing."""
+    case = Case("v5e", (1, 4), "decode", "int4")
+    with target(case.chip, *case.mesh) as mesh, prefer("xla"):
+        steps = steps_on(mesh, case)
+        program = schedule(compile_text(steps, case))
+    text = [leaf for path, leaf in placed(steps).items() if path.startswith("text.")]
+    cache = bytes_per_device(steps.state_shapes(case.batch, case.positions).caches)
+    assert program.traffic(program.loop()) > MOST_TRAFFIC * (bytes_per_device(text) + cache)
+
+
+ENCODERS = list(itertools.product(CHIPS, ((1, 1), (1, 4), (1, 8)), ("images", "speech"), ("none", "int8")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "shape", "encoder", "form"), ENCODERS)
+def test_encoders(target, chip: str, shape: tuple[int, int], encoder: str, form: str) -> None:
+    """Four crops of a picture, or two windows of speech."""
+    with target(chip, *shape) as mesh:
+        runtime = RuntimeConfig.load("tpu_v5e_1", quantization={"encoders": form})
+        steps = Steps(ModelConfig.load("phi4mm"), runtime, mesh)
+        tower = "vision" if encoder == "images" else "audio"
+        weights = tuple(leaf for path, leaf in placed(steps).items() if path.startswith(f"{tower}."))
+        if encoder == "images":
+            side, patches = steps.model.vision.image_size, steps.model.vision.patches_per_side**2
+            crops = array(steps, jnp.float32, 4, 3, side, side)
+            masks, positions = array(steps, jnp.bool_, 4, patches), array(steps, jnp.int32, 4, patches)
+            lowered = steps.encode_images.lower(weights, crops, masks, positions)
+        else:
+            audio = steps.model.audio
+            windows = array(steps, jnp.float32, 2, 8 + audio.window_frames, audio.input_size)
+            flags, counts = array(steps, jnp.bool_, 2), array(steps, jnp.int32, 2)
+            lowered = steps.encode_audio.lower(weights, windows, flags, counts, counts, flags)
+        memory = lowered.compile().memory_analysis()
+    # The first convolution of speech has 1024 channels at half of the frames, in float32.
+    assert memory.temp_size_in_bytes < {"images": 64, "speech": 2560}[encoder] * MIB
