@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import flash
 from pallas_kernels.kv import KV, QuantizedKV, product_dtype
 
-# Of a step. For a query and key of three heads a v5e then needs 0.0196 bundles of instructions, of which the matrix unit
-# works in half; with 512 keys 0.0312, with 512 queries 0.0190 but more work behind the diagonal.
+# Of a step. For a query and key of three heads a v5e then needs 0.0196 bundles of instructions, half of them with work
+# for the matrix unit; with 512 keys 0.0312, with 512 queries 0.0190 but more behind the diagonal.
 _QUERIES = 256
 _KEYS = 1024
 _TILE_ROWS = 16  # of bfloat16
