@@ -57,7 +57,7 @@ SELECTION = [
     *(Case("v5e", mesh, "prefill", "int4") for mesh in ((1, 1), (1, 8))),
     Case("v5e", (1, 1), "decode", "int4", batch=1, cache="int8"),
     Case("v5e", (2, 4), "decode", "int4"),
-    Case("v5e", (1, 1), "decode", "int4", layers=32, adapters=True),
+    Case("v5e", (1, 1), "decode", "int4", layers=32),
 ]
 """The rest is slow."""
 
