@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import partition
+
 Implementation = str | Sequence[str] | None
 """A backend's name, several names in order of preference, or None: the platform's own backend, then "xla"."""
 
@@ -25,8 +27,7 @@ class UnknownBackendError(NotImplementedError, ValueError):
 def prefer(*names: str) -> Iterator[None]:
     """Within it, an implementation of None means the backends of these names that the operator has, then "xla".
 
-    `with prefer("xla")` is for a program over several devices: XLA does not partition another backend's call. Backends
-    are chosen when a program is traced, so it belongs inside the function that is traced.
+    Backends are chosen when a program is traced, so it belongs inside the function that is traced.
     """
     token = _preferred.set(names)
     try:
@@ -35,7 +36,14 @@ def prefer(*names: str) -> Iterator[None]:
         _preferred.reset(token)
 
 
-def run(operator: str, backends: Mapping[str, Callable], implementation: Implementation, *args: Any, **kwargs: Any):
+def run(
+    operator: str,
+    backends: Mapping[str, Callable],
+    implementation: Implementation,
+    *args: Any,
+    spread: Callable | None = None,
+    **kwargs: Any,
+):
     """Calls the first of the chosen backends that can do the case.
 
     The platform is that of JAX's default backend at trace time. A program that is lowered for another platform
@@ -46,6 +54,8 @@ def run(operator: str, backends: Mapping[str, Callable], implementation: Impleme
       backends: its table, from name ("xla", "tpu", "gpu", "cpu") to function.
       implementation: which of them, see `Implementation`.
       *args: passed on.
+      spread: calls a backend on each device of a program over several, see `partition`: `spread(layout, backend,
+        *args, **kwargs)`. Without it only "xla" serves such a program.
       **kwargs: passed on.
 
     Raises:
@@ -62,9 +72,18 @@ def run(operator: str, backends: Mapping[str, Callable], implementation: Impleme
         if name not in backends:
             available = ", ".join(backends)
             raise UnknownBackendError(f"{operator} has no implementation {name!r}; available: {available}")
+    layout = partition.current()
+
+    def call(name: str) -> Any:
+        if layout is None or name == "xla":
+            return backends[name](*args, **kwargs)
+        if spread is None:
+            raise NotImplementedError(f"{operator}: over several devices {name!r} must know how the operands lie")
+        return spread(layout, backends[name], *args, **kwargs)
+
     for name in names[:-1]:
         try:
-            return backends[name](*args, **kwargs)
+            return call(name)
         except NotImplementedError:
             continue
-    return backends[names[-1]](*args, **kwargs)
+    return call(names[-1])

@@ -19,8 +19,7 @@ def decode_attention(
     """See `api.decode_attention`.
 
     The products take float32 queries and weights, whatever the cache's type is. There is no derivative, and `vmap` is
-    a loop. XLA does not partition the call: a cache that is sharded over devices would be gathered, so such a program
-    chooses other backends, see `dispatch.prefer`.
+    a loop. XLA does not partition the call: over several devices see `partition`.
 
     Raises:
       NotImplementedError: another platform, type or width of the cache, or there are no compiled kernels.

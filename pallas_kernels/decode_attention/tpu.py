@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import flash
 from pallas_kernels.kv import KV, QuantizedKV, product_dtype
 
 # Keys of a step. With four kv heads of bfloat16 it then reads a MiB, which hides what a step costs besides (about
@@ -31,8 +32,7 @@ def decode_attention(
     a row's first keys arrive during the last step of the row before. The kv heads come in two halves, which the cores
     of a chip that has two of them share.
 
-    There is no derivative. XLA does not partition the call: a program over several devices chooses other backends, see
-    `dispatch.prefer`, or calls it within `jax.shard_map`; otherwise it does not compile.
+    There is no derivative. XLA does not partition the call: over several devices see `partition`.
 
     Args:
       q: as there.
@@ -45,16 +45,13 @@ def decode_attention(
     Raises:
       NotImplementedError: another type or width of the cache.
     """
+    flash.check("decode_attention", k, v)
     b, n, h = q.shape
     kv_heads, positions = k.shape[1:3]
-    if k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.int8):
-        raise NotImplementedError(f"decode_attention on a TPU: bfloat16 or int8, not {k.dtype} and {v.dtype}")
-    if h % 128:
-        raise NotImplementedError(f"decode_attention on a TPU: heads of a multiple of 128, not {h}")
     block, group, halves = min(_BLOCK, positions), n // kv_heads, math.gcd(kv_heads, 2)
     heads = kv_heads // halves
     lengths = jnp.clip(lengths, 1, positions)
-    rows, blocks, steps = _schedule(lengths, block, pl.cdiv(positions, block))
+    rows, blocks, steps = flash.live_blocks(lengths, block, pl.cdiv(positions, block))
 
     values = pl.BlockSpec((1, heads, block, h), lambda half, i, rows, blocks, _: (rows[i], half, blocks[i], 0))
     # Half of the heads are no block of an array whose last two dimensions are heads and keys.
@@ -69,22 +66,13 @@ def decode_attention(
             grid=(halves, steps),
             in_specs=[queries, cache, cache],
             out_specs=queries,
-            scratch_shapes=[pltpu.VMEM((heads, group, width), jnp.float32) for width in (1, 1, h)],
+            scratch_shapes=flash.sums_shapes(heads, group, width=h),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name=f"decode_attention_{block}",
     )(rows, blocks, lengths, q.reshape(b, kv_heads, group, h).astype(product_dtype(k)), k, v)
     return out.reshape(b, n, h)
-
-
-def _schedule(lengths: jax.Array, block: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row [B * most] and block [B * most] of each step, and the number of steps; a row has at most `most`."""
-    counts = pl.cdiv(lengths, block)
-    ends = jnp.cumsum(counts)
-    steps = jnp.arange(lengths.shape[0] * most, dtype=jnp.int32)
-    rows = jnp.sum(steps[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
-    return rows, steps - (ends - counts)[rows], ends[-1]
 
 
 def _step(
@@ -95,54 +83,26 @@ def _step(
     k: KV,  # [1, heads, block, H], scales [1, K, block]
     v: KV,  # [1, heads, block, H], scales [1, K, block]
     out: jax.Array,  # [1, heads, group, H]
-    largest: jax.Array,  # [heads, group, 1] float32
-    total: jax.Array,  # [heads, group, 1] float32
-    sums: jax.Array,  # [heads, group, H] float32
-    *,
+    *state: jax.Array,  # [heads, group, ...] float32, see `flash.sums_shapes`
     scale: float,
     block: int,
 ) -> None:
-    """Half of the kv heads of a row and one block of keys (online softmax); the arrays are references."""
+    """Half of the kv heads of a row and one block of keys; the arrays are references."""
     half, step = pl.program_id(0), pl.program_id(1)
     row, index = rows[step], blocks[step]
 
     @pl.when(index == 0)
     def _start() -> None:
-        largest[...] = jnp.full_like(largest, -jnp.inf)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        flash.clear(*state)
 
     live = lengths[row] - index * block
-    is_live = lax.broadcasted_iota(jnp.int32, (1, block), 1) < live
+    visible = lax.broadcasted_iota(jnp.int32, (1, block), 1) < live
     heads = q.shape[1]
     for head in range(heads):
-        scores = scale * _dot(q[0, head], _floats(k, head), 1)
-        if isinstance(k, QuantizedKV):
-            scores *= k.scales[0, pl.ds(half * heads + head, 1)]
-        scores = jnp.where(is_live, scores, -jnp.inf)
-        new_largest = jnp.maximum(largest[head], scores.max(axis=-1, keepdims=True))
-        weights = jnp.exp(scores - new_largest)
-        decay = jnp.exp(largest[head] - new_largest)
-        largest[head] = new_largest
-        total[head] = total[head] * decay + weights.sum(axis=-1, keepdims=True)
-        values = _floats(v, head)
-        # A weight of 0 does not silence what lies behind the last key.
-        if isinstance(v, QuantizedKV):
-            weights *= jnp.where(is_live, v.scales[0, pl.ds(half * heads + head, 1)], 0)
-        else:
-            values = jnp.where(lax.broadcasted_iota(jnp.int32, values.shape, 0) < live, values, 0)
-        sums[head] = sums[head] * decay + _dot(weights.astype(values.dtype), values, 0)
+        keys, values = (flash.block_of_head(kv, head, half * heads + head) for kv in (k, v))
+        flash.add_block(q[0, head], keys, values, visible, live, *(s.at[head] for s in state), scale=scale)
 
     @pl.when((index + 1) * block >= lengths[row])
     def _end() -> None:
+        _, total, sums = state
         out[0] = (sums[...] / total[...]).astype(out.dtype)
-
-
-def _floats(kv: KV, head: int) -> jax.Array:
-    """The block of a head [block, H] in `product_dtype`, before scales."""
-    return kv.values[0, head].astype(jnp.bfloat16) if isinstance(kv, QuantizedKV) else kv[0, head]
-
-
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """The product over the last axis of a and an axis of b, in float32."""
-    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

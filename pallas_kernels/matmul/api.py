@@ -1,13 +1,16 @@
 """Product of activations with a weight that lies as [out, in]."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import cpu, gpu, reference, tpu
+from pallas_kernels.matmul.spread import spread
 from pallas_kernels.observed import Observed
+from pallas_kernels.partition import Names
 from pallas_kernels.quantized import QuantizedArray
 
 BACKENDS = {"cpu": cpu.matmul, "gpu": gpu.matmul, "tpu": tpu.matmul, "xla": reference.matmul}
@@ -19,6 +22,7 @@ def matmul(
     w: jax.Array | QuantizedArray | Observed,
     *,
     out_dtype: jax.typing.DTypeLike | None = None,
+    names: Names | None = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """Returns `x @ w.T`, accumulated in float32; `jax.default_matmul_precision` counts for float32 weights.
@@ -27,6 +31,8 @@ def matmul(
       x: [..., K] activations, any float type; cast to the weight's type before the product.
       w: [N, K] weight, any float type, quantized, or observed.
       out_dtype: type of the result; default x's.
+      names: of w's dimensions, by which a kernel finds its part on each of several devices (see `partition`); x's
+        first dimension of several is "batch".
       implementation: see `dispatch.run`.
 
     Returns:
@@ -41,10 +47,11 @@ def matmul(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    by_names = None if names is None else partial(spread, names=names)
+    run = partial(dispatch.run, "matmul", BACKENDS, implementation, spread=by_names)
     if not isinstance(w, QuantizedArray) or w.offsets is None:
-        return dispatch.run("matmul", BACKENDS, implementation, x, w, out_dtype=out_dtype)
-    around_zero = dataclasses.replace(w, offsets=None)
-    y = dispatch.run("matmul", BACKENDS, implementation, x, around_zero, out_dtype=jnp.float32)
+        return run(x, w, out_dtype=out_dtype)
+    y = run(x, dataclasses.replace(w, offsets=None), out_dtype=jnp.float32)
     return (y + _offsets_product(x, w.offsets)).astype(out_dtype)
 
 

@@ -22,8 +22,7 @@ def matmul(
 ) -> jax.Array:
     """See `api.matmul`.
 
-    There is no derivative, and `vmap` is a loop. XLA does not partition the call: a weight that is sharded over devices
-    would be gathered, so such a program chooses other backends, see `dispatch.prefer`.
+    There is no derivative, and `vmap` is a loop. XLA does not partition the call: over several devices see `partition`.
 
     With a quantized weight x is rounded to int8, each row and block of at most 128 columns with a scale of its own,
     whatever the weight says of `activations`; a row that is not finite in a block becomes nan.

@@ -37,8 +37,7 @@ def matmul(
 ) -> jax.Array:
     """See `api.matmul`.
 
-    There is no derivative. XLA does not partition the call: a program over several devices chooses other backends, see
-    `dispatch.prefer`, or calls it within `jax.shard_map`; otherwise it does not compile.
+    There is no derivative. XLA does not partition the call: over several devices see `partition`.
 
     Scales multiply float32 sums over their groups, so that nothing is rounded; with many rows and narrow groups they
     multiply the weight, which is then rounded to the type that it stands for, as in XLA.

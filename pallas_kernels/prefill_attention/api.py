@@ -1,12 +1,17 @@
 """Causal attention of a chunk of a prompt over the cache that already holds it."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv import KV
-from pallas_kernels.prefill_attention import reference
+from pallas_kernels.partition import Layout, Names
+from pallas_kernels.prefill_attention import reference, tpu
 
-BACKENDS = {"xla": reference.prefill_attention}
+BACKENDS = {"tpu": tpu.prefill_attention, "xla": reference.prefill_attention}
 
 
 def prefill_attention(
@@ -18,6 +23,7 @@ def prefill_attention(
     *,
     scale: float,
     block_size: int = 256,
+    names: Names | None = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """Attends T consecutive queries of each row to all keys up to their own.
@@ -34,7 +40,8 @@ def prefill_attention(
       slots: [B] int32, the row of the cache that each row reads; None for row b itself, with C = B. The cache is read
         where it lies: a copy of a few rows of it is never made.
       scale: factor on the scores.
-      block_size: queries, and keys, that are worked on at once.
+      block_size: queries, and keys, that XLA works on at once.
+      names: of the cache's dimensions, by which a kernel finds its part on each of several devices (see `partition`).
       implementation: see `dispatch.run`.
 
     Returns:
@@ -51,6 +58,23 @@ def prefill_attention(
             f"without slots) expected, got {q.shape}, {k.shape}, {v.shape}, {q_start.shape}, "
             f"{None if slots is None else slots.shape}"
         )
-    return dispatch.run(
-        "prefill_attention", BACKENDS, implementation, q, k, v, q_start, slots, scale=scale, block_size=block_size
-    )
+    by_names = None if names is None else partial(_spread, names=names)
+    operands = q, k, v, q_start, slots
+    sizes = {"scale": scale, "block_size": block_size}
+    return dispatch.run("prefill_attention", BACKENDS, implementation, *operands, spread=by_names, **sizes)
+
+
+def _spread(
+    layout: Layout, backend: Callable[..., jax.Array], q: jax.Array, k: KV, *others: KV, names: Names, **sizes: float
+) -> jax.Array:
+    """Each device attends with the kv heads that it holds.
+
+    Raises:
+      NotImplementedError: the rows of the cache are spread too, and any may be asked for.
+    """
+    rows, heads, *_ = layout.spec(k.shape, names)
+    if layout.parts(rows) > 1:
+        raise NotImplementedError(f"prefill_attention: rows of the cache over {layout.parts(rows)} devices")
+    cache, queries, whole = PartitionSpec(None, heads), PartitionSpec(None, None, heads), PartitionSpec()
+    attend = layout.call(partial(backend, **sizes), (queries, cache, cache, whole, whole), queries)
+    return attend(q, k, *others)

@@ -19,6 +19,11 @@ def param(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> n
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
+def product(x: jax.Array, weight: nnx.Param, out_dtype: Any = None) -> jax.Array:
+    """x [..., in] times a weight [out, in]; see `matmul`."""
+    return matmul(x, weight.get_value(), out_dtype=out_dtype, names=weight.get_metadata()["axes"])
+
+
 def value(weight: nnx.Param, like: jax.Array) -> jax.Array:
     """A small weight (bias, norm) in the dtype of the activations it meets."""
     return weight.get_value().astype(like.dtype)
@@ -45,7 +50,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., in] to [..., out] in the dtype of x."""
-        y = matmul(x, self.weight.get_value(), out_dtype=jnp.float32)
+        y = product(x, self.weight, jnp.float32)
         return (y + over_rows(value(self.bias, y), y)).astype(x.dtype)
 
 

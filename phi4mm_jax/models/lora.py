@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.matmul import matmul
-from phi4mm_jax.models.layers import param
+from phi4mm_jax.models.layers import param, product
 
 ADAPTERS = ("vision", "speech")
 
@@ -38,9 +37,9 @@ class LoraLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, adapters: RowAdapters) -> jax.Array:
         """Maps x [B, T, in] to [B, T, out]."""
-        y = matmul(x, self.weight.get_value())
+        y = product(x, self.weight)
         for name, rows in adapters.items():
-            low = matmul(x, getattr(self, f"{name}_a").get_value())  # [B, T, R]
+            low = product(x, getattr(self, f"{name}_a"))  # [B, T, R]
             low = jnp.where(rows[:, None, None], low, jnp.zeros_like(low))
-            y = y + matmul(low, getattr(self, f"{name}_b").get_value())
+            y = y + product(low, getattr(self, f"{name}_b"))
         return y

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized import take
 from phi4mm_jax.config import ModelConfig
-from phi4mm_jax.models.layers import RMSNorm, in_float32, merge_heads, param
+from phi4mm_jax.models.layers import RMSNorm, in_float32, merge_heads, param, product
 from phi4mm_jax.models.lora import LoraLinear, RowAdapters
 from phi4mm_jax.models.rope import rotary_table, rotate
 
@@ -50,7 +49,7 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden [..., D]: float32 [..., V]."""
-        return matmul(hidden, self.weight.get_value(), out_dtype=jnp.float32)
+        return product(hidden, self.weight, jnp.float32)
 
 
 class Attention(nnx.Module):

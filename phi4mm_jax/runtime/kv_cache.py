@@ -45,7 +45,7 @@ def prefill_attend(
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         keys, values = (_write(c, new, slots, starts) for c, new in zip(cache, (k, v), strict=True))
-        out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size)
+        out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size, names=_AXES)
         return out, (keys, values)
 
     return attend
@@ -64,7 +64,8 @@ def decode_attend(
         slots = jnp.arange(q.shape[0], dtype=jnp.int32)
         where = jnp.where(running, positions, scratch)
         keys, values = (_write(c, new, slots, where) for c, new in zip(cache, (k, v), strict=True))
-        out = decode_attention(q[:, 0], keys, values, jnp.where(running, positions + 1, 1), scale=scale)
+        lengths = jnp.where(running, positions + 1, 1)
+        out = decode_attention(q[:, 0], keys, values, lengths, scale=scale, names=_AXES)
         return out[:, None], (keys, values)
 
     return attend

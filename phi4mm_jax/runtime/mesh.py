@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.partition import Layout
 from phi4mm_jax.config import ConfigError, MeshConfig
 
 RULES = {"vocab": "model", "heads": "model", "mlp": "model", "kv_heads": "model", "batch": "data"}
@@ -29,9 +30,7 @@ def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
 
 def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
     """Sharding of an array whose dimensions have these logical names; a dimension that does not divide stays whole."""
-    names = [RULES.get(axis) if axis else None for axis in axes]
-    spec = [n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, Layout(mesh, RULES).spec(shape, axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

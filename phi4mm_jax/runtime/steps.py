@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,14 +18,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from pallas_kernels.dispatch import prefer
 from pallas_kernels.observed import Observed
+from pallas_kernels.partition import over
 from pallas_kernels.products import einsum
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
 from phi4mm_jax.runtime.kv_cache import LayerCache, cache_shapes, decode_attend, prefill_attend
-from phi4mm_jax.runtime.mesh import replicated, sharding
+from phi4mm_jax.runtime.mesh import RULES, replicated, sharding
 from phi4mm_jax.runtime.sampling import Logprobs, SamplingKind, SamplingState, sample
 
 Leaves = tuple[jax.Array, ...]
@@ -96,11 +95,8 @@ class Steps:
     def _compile(self, step: Any, donate: tuple[int, ...], static: tuple[str, ...] = ()) -> Any:
         precision = self.runtime.dtypes.matmul_precision
 
-        # XLA does not partition a call into another library, so a mesh of several devices takes XLA's own forms.
-        backends = partial(prefer, "xla") if self.mesh.size > 1 else nullcontext
-
         def traced(*args: Any, **kwargs: Any) -> Any:
-            with jax.default_matmul_precision(precision), backends():
+            with jax.default_matmul_precision(precision), over(self.mesh, RULES):
                 return step(*args, **kwargs)
 
         traced.__name__ = step.__name__.strip("_")

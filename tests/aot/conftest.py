@@ -10,10 +10,11 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,8 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_LOG_DIR", tempfile.gettempdir())
 
-POSITIONS = 32768  # of all rows together
-CACHE_BYTES = 2 * 8 * 128 * 2  # of a position and layer: keys and values, 8 heads of 128, in bfloat16
 CHUNK = 512
+"""Tokens of a prompt that are compiled for."""
 
 TargetHost = Callable[..., AbstractContextManager[Mesh]]
 
@@ -86,53 +86,181 @@ def compile_for(target: TargetHost) -> Callable[..., jax.stages.Compiled]:
 
 
 @pytest.fixture
-def compile_program() -> Callable[..., jax.stages.Compiled]:
-    """`compile_program(mesh, preset, "decode" or "prefill", form, batch, layers, adapters)`."""
+def decoder_steps() -> Callable[..., Steps]:
+    """`decoder_steps(mesh, preset, form, layers, **settings)`: of the released model with fewer layers."""
+
+    def steps(mesh: Mesh, preset: str, form: str, layers: int, **settings: Any) -> Steps:
+        model = ModelConfig.load("phi4mm")
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=layers))
+        quantization = {} if form == "bf16" else quantization_settings(form)[0]
+        return Steps(model, RuntimeConfig.load(preset, quantization=quantization, **settings), mesh)
+
+    return steps
+
+
+@pytest.fixture
+def placed() -> Callable[[Steps], dict[str, Any]]:
+    """The shapes of all weights, as the runtime would place them."""
+    return lambda steps: {
+        path: placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in steps.abstract().items()
+    }
+
+
+@pytest.fixture
+def array() -> Callable[..., jax.ShapeDtypeStruct]:
+    """`array(steps, dtype, *shape)`: an argument that every device has."""
+    return lambda steps, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(steps.mesh))
+
+
+@pytest.fixture
+def compile_decoder(placed: Any, array: Any) -> Callable[..., jax.stages.Compiled]:
+    """`compile_decoder(steps, "decode" or "prefill", batch, positions, adapters)`: a step, or a chunk of one prompt."""
 
     def compile_steps(
-        mesh: Mesh, preset: str, program: str, form: str, batch: int, layers: int, adapters: tuple[str, ...] = ()
+        steps: Steps, program: str, batch: int, positions: int, adapters: bool = False
     ) -> jax.stages.Compiled:
-        return {"decode": decode, "prefill": prefill}[program](
-            steps_on(mesh, preset, form, layers), batch, adapters
-        ).compile()
+        weights = tuple(leaf for path, leaf in placed(steps).items() if path.startswith("text."))
+        state = steps.state_shapes(batch, positions)
+        rows = array(steps, jnp.bool_, batch if program == "decode" else 1)
+        use = dict.fromkeys(("speech", "vision") if adapters else (), rows)
+        if program == "decode":
+            lowered = steps.decode.lower(weights, state, rows, array(steps, jnp.int32), use, kind="greedy")
+        else:
+            tokens, index = array(steps, jnp.int32, 1, CHUNK), array(steps, jnp.int32, 1)
+            lowered = steps.prefill.lower(weights, state.caches, tokens, None, None, index, index, index, rows, use)
+        return lowered.compile()
 
     return compile_steps
 
 
 @pytest.fixture
-def cache_bytes() -> int:
-    """Of a layer's keys and values, of all rows."""
-    return POSITIONS * CACHE_BYTES
+def schedule() -> Callable[[jax.stages.Compiled], "Program"]:
+    """What a compiled program does, in order."""
+    return lambda compiled: Program(compiled.as_text())
 
 
-def steps_on(mesh: Mesh, preset: str, form: str, layers: int) -> Steps:
-    """The programs of the released model with fewer layers."""
-    model = ModelConfig.load("phi4mm")
-    model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=layers))
-    quantization = {} if form == "bf16" else quantization_settings(form)[0]
-    return Steps(model, RuntimeConfig.load(preset, quantization=quantization), mesh)
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32}
+_BITS |= {"f8e4m3fn": 8, "bf16": 16, "f16": 16, "f32": 32}
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
+_NO_TRAFFIC = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier"}
+_PARTS = {"gather", "dynamic-slice", "slice"}
 
 
-def text_weights(steps: Steps) -> tuple:
-    """Their shapes, as the runtime would place them."""
-    leaves = steps.abstract().items()
-    return tuple(placed_shape(p, leaf, steps.runtime.quantization) for p, leaf in leaves if p.startswith("text."))
+class Array(NamedTuple):
+    """One of an instruction's results."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of HBM: none if it lies on the chip."""
+        return 0 if self.on_chip else self.size
 
 
-def decode(steps: Steps, batch: int, adapters: tuple[str, ...]) -> jax.stages.Lowered:
-    rows = array(steps, jnp.bool_, batch)
-    state = steps.state_shapes(batch, POSITIONS // batch)
-    use = dict.fromkeys(adapters, rows)
-    return steps.decode.lower(text_weights(steps), state, rows, array(steps, jnp.int32), use, kind="greedy")
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
+    name: str
+    results: list[Array]
+    operation: str
+    operands: list[str]
+    attributes: str
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls."""
+        return re.findall(r"(?:calls|body)=%([\w.-]+)", self.attributes)
 
 
-def prefill(steps: Steps, batch: int, adapters: tuple[str, ...]) -> jax.stages.Lowered:
-    """A chunk of one prompt."""
-    caches = steps.state_shapes(batch, POSITIONS // batch).caches
-    index, flag = array(steps, jnp.int32, 1), array(steps, jnp.bool_, 1)
-    prompt = (array(steps, jnp.int32, 1, CHUNK), None, None, index, index, index, flag, dict.fromkeys(adapters, flag))
-    return steps.prefill.lower(text_weights(steps), caches, *prompt)
+class Program:
+    """What a compiled program moves between memory (HBM) and chip, read from its schedule."""
+
+    def __init__(self, text: str):
+        """Reads what `jax.stages.Compiled.as_text` returns."""
+        self._computations: dict[str, list[Instruction]] = {}
+        for part in text.split("\n\n"):
+            head, *lines = part.strip("\n").split("\n")
+            name = re.match(r"(ENTRY )?%([\w.-]+) \(", head)
+            if name:
+                self._computations[name[2]] = [_instruction(*m.groups()) for m in map(_INSTRUCTION.match, lines) if m]
+                if name[1]:
+                    self._entry = name[2]
+
+    @property
+    def entry(self) -> list[Instruction]:
+        """What it does once."""
+        return self._computations[self._entry]
+
+    def loop(self) -> list[Instruction]:
+        """The body of its loop."""
+        (loop,) = (i for i in self.entry if i.operation == "while")
+        return self._computations[loop.called[0]]
+
+    def traffic(self, instructions: list[Instruction]) -> int:
+        """Bytes that the instructions read from HBM and write to it, the operands of a kernel once and whole."""
+        results = {i.name: i.results for i in instructions}
+        total = 0
+        for i in instructions:
+            if i.operation in _NO_TRAFFIC or i.operation.endswith("-done"):
+                continue
+            if i.operation.endswith("-start"):  # of a copy: to and from, of which one may be a part of the other
+                ends = i.results[:2]
+                total += min(a.size for a in ends) * sum(not a.on_chip for a in ends)
+            elif i.operation == "dynamic-update-slice":
+                total += 2 * sum(a.in_memory for a in results[i.operands[1]])
+            else:
+                total += sum(a.in_memory for a in i.results)
+                for index, name in enumerate(i.operands):
+                    size = sum(a.in_memory for a in results.get(name, ()))
+                    total += min(size, self._read(i, index)) if size else 0
+        return total
+
+    def wide_copies(self, instructions: list[Instruction], weights: list[tuple[int, ...]]) -> list[str]:
+        """Instructions whose result has the shape of a weight, either way round, in bfloat16 or float32."""
+        shapes = {tuple(sorted(shape)) for shape in weights}
+        results = ((i.name, a) for i in instructions for a in i.results)
+        return [name for name, a in results if a.dtype in ("bf16", "f32") and tuple(sorted(a.shape)) in shapes]
+
+    def _read(self, user: Instruction, index: int) -> float:
+        """Bytes of an operand that an instruction reads."""
+        if user.operation in _PARTS:
+            return sum(a.size for a in user.results) if index == 0 else math.inf
+        if user.operation != "fusion":
+            return math.inf
+        inside = self._computations[user.called[0]]
+        array = next(i for i in inside if i.operation == "parameter" and i.operands == [str(index)])
+        return self._read_of(inside, array)
+
+    def _read_of(self, inside: list[Instruction], array: Instruction) -> float:
+        """Bytes of a value of a fusion that the rest of it reads."""
+        users = [i for i in inside if array.name in i.operands]
+        return sum(
+            self._read_of(inside, user) if self._renames(user) else self._read(user, user.operands.index(array.name))
+            for user in users
+        )
+
+    def _renames(self, i: Instruction) -> bool:
+        """Whether, within a fusion, the result is the operand under another name."""
+        if i.operation == "fusion":
+            return all(
+                inner.operation == "parameter" or self._renames(inner) for inner in self._computations[i.called[0]]
+            )
+        return i.operation in ("bitcast", "copy")
 
 
-def array(steps: Steps, dtype, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(steps.mesh))
+def _instruction(name: str, results: str, operation: str, operands: str, attributes: str | None):
+    arrays = [
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in (layout or ""))
+        for dtype, shape, layout in _ARRAY.findall(results)
+        if dtype in _BITS
+    ]
+    names = re.findall(r"%([\w.-]+)", operands) or [operands]
+    return Instruction(name, arrays, operation, names, attributes or "")

@@ -11,8 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.kv import encode
 from pallas_kernels.matmul import matmul
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized import Format, QuantizedArray
 
 WEIGHTS = {
@@ -84,7 +86,7 @@ def test_rows_of_one_scale_are_left_to_xla(compile_for, chip: str, form: Format)
 
 
 def test_a_product_over_several_chips_is_refused(target) -> None:
-    """Rather than gathering the weight: such a program prefers "xla"."""
+    """Rather than gathering the weight, where nothing says how it lies."""
     with target("v5e", model=4) as mesh:
         cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
         w = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=cut), weight("qkv", Format(4, 64)))
@@ -112,12 +114,44 @@ def test_what_the_compiler_refuses(compile_for, block: tuple[int, int], error: t
         compile_for("v5e", call(), x)
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+CHIPS = pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+CACHES = pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+
+
+def cache_of(dtype: str, rows: int, positions: int) -> Any:
+    """Shapes of keys or values."""
+    return jax.eval_shape(lambda x: encode(x, dtype), jax.ShapeDtypeStruct((rows, 8, positions, 128), jnp.float32))
+
+
+@CHIPS
+@CACHES
 def test_decode_attention(compile_for, chip: str, dtype: str) -> None:
     """It reads the cache where it lies."""
-    cache = jax.eval_shape(lambda x: encode(x, dtype), jax.ShapeDtypeStruct((8, 8, 4096, 128), jnp.float32))
+    cache = cache_of(dtype, 8, 4096)
     q, lengths = jax.ShapeDtypeStruct((8, 24, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
     compiled = compile_for(chip, functools.partial(decode_attention, scale=128**-0.5), q, cache, cache, lengths)
     assert "%decode_attention_" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@CHIPS
+@CACHES
+@pytest.mark.parametrize(("rows", "chunk", "positions"), [(4, 2048, 4096), (1, 64, 132096)])
+def test_prefill_attention(compile_for, chip: str, dtype: str, rows: int, chunk: int, positions: int) -> None:
+    """It reads the rows of the cache where they lie, and holds no scores in memory."""
+    cache = cache_of(dtype, 2 * rows, positions)
+    q, numbers = jax.ShapeDtypeStruct((rows, chunk, 24, 128), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    attend = functools.partial(prefill_attention, scale=128**-0.5)
+    compiled = compile_for(chip, attend, q, cache, cache, numbers, numbers)
+    assert "%prefill_attention_" in compiled.as_text()
+    # Queries and result may change their tiling.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20 + 2 * q.size * q.dtype.itemsize
+
+
+def test_a_broken_block_is_refused(compile_for, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, it gives the right result."""
+    monkeypatch.setattr(decode_tpu, "_BLOCK", 100)
+    q, lengths = jax.ShapeDtypeStruct((8, 24, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
+    cache = cache_of("int8", 8, 4096)
+    with pytest.raises(ValueError, match="divisible by"):
+        compile_for("v5e", functools.partial(decode_attention, scale=1.0), q, cache, cache, lengths)

@@ -1,57 +1,150 @@
-"""The programs of the released model compile for real chips, fit, and copy neither the cache nor a weight."""
+"""The programs of the released model compile for real chips, fit, and move no more than they must."""
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import prefer
+from pallas_kernels.quantized import QuantizedArray
+from phi4mm_jax.config import ModelConfig, RuntimeConfig
+from phi4mm_jax.runtime.memory import bytes_per_device
+from phi4mm_jax.runtime.steps import Steps
+
 PRESET = "tpu_v5e_1"
+CHUNK = 512
 MIB = 2**20
 MOST_TEMPORARIES = {2: 16, 32: 256}
 """MiB by number of layers. Two layers show what is copied in each: the least is a weight of 3072 x 3072 in bfloat16, 18
 MiB, a layer's keys take 64. All 32 show that it all fits."""
+MOST_TRAFFIC = 1.10
+"""Of what a decode step must read: its weights and the live keys and values."""
 
 
-SELECTION = {
-    *(("v5e", "decode", form, 8, 2, ()) for form in ("bf16", "int8", "int4")),
-    *(("v5e", "decode", form, 1, 2, ()) for form in ("int8", "int4")),
-    ("v5e", "prefill", "int4", 8, 2, ()),
-    ("v5e", "decode", "int4", 8, 32, ()),
-}
+class Case(NamedTuple):
+    """A program of the decoder."""
+
+    chip: str
+    mesh: tuple[int, int]
+    """Chips for rows of the batch, and for heads, MLP columns and vocabulary."""
+    program: str
+    form: str
+    batch: int = 8
+    positions: int = 4096
+    cache: str = "bfloat16"
+    layers: int = 2
+    adapters: bool = False
+
+    def __str__(self) -> str:
+        """A name for the test."""
+        mesh = "x".join(map(str, self.mesh))
+        size = f"{self.batch}x{self.positions}-{self.cache}"
+        return f"{self.chip}-{mesh}-{self.program}-{self.form}-{size}-{self.layers}{'-adapters' * self.adapters}"
+
+
+CHIPS, MESHES, FORMS = ("v5e", "v5p", "v6e"), ((1, 1), (1, 4), (1, 8)), ("bf16", "int8", "w8a8", "int4")
+LONG = {"batch": 1, "positions": 131072 + CHUNK, "cache": "int8", "layers": 32, "adapters": True}
+SELECTION = [
+    *(Case("v5e", (1, 1), "decode", form) for form in FORMS),
+    *(Case("v5e", (1, model), "decode", form) for model in (4, 8) for form in ("int8", "int4")),
+    *(Case("v5e", mesh, "prefill", "int4") for mesh in ((1, 1), (1, 8))),
+    Case("v5e", (1, 1), "decode", "int4", batch=1, cache="int8"),
+    Case("v5e", (2, 4), "decode", "int4"),
+    Case("v5e", (1, 1), "decode", "int4", layers=32),
+]
+"""The rest is slow."""
 
 
 def cases() -> Iterator[Any]:
-    """Everything; what is not in the selection is slow."""
-    forms, batches, adapters = ("bf16", "int8", "int4"), (1, 8), ((), ("speech", "vision"))
-    everything = itertools.product(("v5e", "v5p", "v6e"), ("decode", "prefill"), forms, batches, (2, 32), adapters)
-    for case in everything:
-        chip, program, form, batch, layers, used = case
-        name = f"{chip}-{program}-{form}-{batch}-{layers}{'-adapters' * bool(used)}"
-        yield pytest.param(*case, marks=[] if case in SELECTION else [pytest.mark.slow], id=name)
+    """Each program in each format, on one chip and several; all of its layers where it may be tight."""
+    everything = [*SELECTION]
+    for chip, mesh, program, form in itertools.product(CHIPS, MESHES, ("decode", "prefill"), FORMS):
+        everything += [Case(chip, mesh, program, form), Case(chip, mesh, program, form, layers=32, adapters=True)]
+    for chip, form, cache in itertools.product(CHIPS, FORMS, ("bfloat16", "int8")):
+        everything.append(Case(chip, (1, 1), "decode", form, batch=1, positions=32768, cache=cache))
+    for program, form in itertools.product(("decode", "prefill"), ("int8", "int4")):
+        everything.append(Case("v5e", (1, 1), program, form, **LONG))
+    for case in dict.fromkeys(everything):
+        yield pytest.param(case, marks=[] if case in SELECTION else [pytest.mark.slow], id=str(case))
 
 
-@pytest.mark.parametrize(("chip", "program", "form", "batch", "layers", "adapters"), list(cases()))
-def test_fits_and_copies_nothing(
-    target, compile_program, cache_bytes, chip, program, form, batch, layers, adapters
-) -> None:
-    with target(chip) as mesh:
-        compiled = compile_program(mesh, PRESET, program, form, batch, layers, adapters)
+@pytest.fixture
+def steps_on(decoder_steps):
+    """The programs of a case."""
+    return lambda mesh, case: decoder_steps(mesh, PRESET, case.form, case.layers, dtypes={"kv_cache": case.cache})
+
+
+@pytest.fixture
+def compile_text(compile_decoder):
+    """The program of a case."""
+    return lambda steps, case: compile_decoder(steps, case.program, case.batch, case.positions, case.adapters)
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_decoder(target, schedule, steps_on, compile_text, placed, case: Case) -> None:
+    with target(case.chip, *case.mesh) as mesh:
+        steps = steps_on(mesh, case)
+        compiled = compile_text(steps, case)
         capacity = pltpu.get_tpu_info().hbm_capacity_bytes
+    text = {path: leaf for path, leaf in placed(steps).items() if path.startswith("text.")}
+    encoders = bytes_per_device([leaf for path, leaf in placed(steps).items() if path not in text])
+    cache = bytes_per_device(steps.state_shapes(case.batch, case.positions).caches)
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes * layers
-    assert memory.temp_size_in_bytes <= MOST_TEMPORARIES[layers] * MIB
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes <= MOST_TEMPORARIES[case.layers] * MIB
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes < capacity
-    kernels = (4 if form == "int4" else 0) + (program == "decode")  # products, and attention
-    assert compiled.as_text().count("tpu_custom_call") == kernels * layers
+    assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + encoders < capacity
+
+    rows_are_spread = case.mesh[0] > 1 and case.program == "prefill"  # XLA then attends
+    kernels = (4 if case.form == "int4" else 0) + (not rows_are_spread)
+    assert compiled.as_text().count("tpu_custom_call") == kernels * case.layers
+    program = schedule(compiled)
+    work = program.loop() if case.program == "decode" else program.entry
+    shapes = [
+        leaf.values.sharding.shard_shape(leaf.shape) for leaf in text.values() if isinstance(leaf, QuantizedArray)
+    ]
+    assert not program.wide_copies(work, shapes)
+    if case.program == "decode":
+        used = [leaf for path, leaf in text.items() if case.adapters or not path.endswith(("_a", "_b"))]
+        assert program.traffic(work) <= MOST_TRAFFIC * (bytes_per_device(used) + cache)
 
 
-@pytest.mark.parametrize("form", ["bf16", "int4"])
-def test_tensor_parallel_decode_takes_the_forms_that_xla_partitions(target, compile_program, form: str) -> None:
-    with target("v5e", model=8) as mesh:
-        compiled = compile_program(mesh, PRESET, "decode", form, 8, 2)
-    text = compiled.as_text()
-    assert "all-reduce" in text and "tpu_custom_call" not in text
-    assert compiled.memory_analysis().temp_size_in_bytes <= MOST_TEMPORARIES[2] * MIB
+def test_a_dequantized_weight_would_be_seen(target, schedule, steps_on, compile_text, placed) -> None:
+    """Otherwise the tests above would prove nothing."""
+    case = Case("v5e", (1, 4), "decode", "int4")
+    with target(case.chip, *case.mesh) as mesh, prefer("xla"):
+        steps = steps_on(mesh, case)
+        program = schedule(compile_text(steps, case))
+    text = [leaf for path, leaf in placed(steps).items() if path.startswith("text.")]
+    cache = bytes_per_device(steps.state_shapes(case.batch, case.positions).caches)
+    assert program.traffic(program.loop()) > MOST_TRAFFIC * (bytes_per_device(text) + cache)
+
+
+ENCODERS = list(itertools.product(CHIPS, ((1, 1), (1, 4), (1, 8)), ("images", "speech"), ("none", "int8")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "shape", "encoder", "form"), ENCODERS)
+def test_encoders(target, placed, array, chip: str, shape: tuple[int, int], encoder: str, form: str) -> None:
+    """Four crops of a picture, or two windows of speech."""
+    with target(chip, *shape) as mesh:
+        runtime = RuntimeConfig.load(PRESET, quantization={"encoders": form})
+        steps = Steps(ModelConfig.load("phi4mm"), runtime, mesh)
+        tower = "vision" if encoder == "images" else "audio"
+        weights = tuple(leaf for path, leaf in placed(steps).items() if path.startswith(f"{tower}."))
+        if encoder == "images":
+            side, patches = steps.model.vision.image_size, steps.model.vision.patches_per_side**2
+            crops = array(steps, jnp.float32, 4, 3, side, side)
+            masks, positions = array(steps, jnp.bool_, 4, patches), array(steps, jnp.int32, 4, patches)
+            lowered = steps.encode_images.lower(weights, crops, masks, positions)
+        else:
+            audio = steps.model.audio
+            windows = array(steps, jnp.float32, 2, 8 + audio.window_frames, audio.input_size)
+            flags, counts = array(steps, jnp.bool_, 2), array(steps, jnp.int32, 2)
+            lowered = steps.encode_audio.lower(weights, windows, flags, counts, counts, flags)
+        memory = lowered.compile().memory_analysis()
+    # The first convolution of speech has 1024 channels at half of the frames, in float32.
+    assert memory.temp_size_in_bytes < {"images": 64, "speech": 2560}[encoder] * MIB

@@ -1,15 +1,18 @@
 """The attention operators against a slow one in float64, and that neither time nor memory follow the cache's size."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.encoder_attention import encoder_attention
 from pallas_kernels.encoder_attention import reference as encoder_reference
 from pallas_kernels.kv import encode
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention, tpu
 
 CACHES = ["float32", "bfloat16", "uint16", "int8"]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "uint16": 2e-2, "int8": 2e-2}
@@ -59,6 +62,60 @@ def test_prefill(draw_cache, dtype, chunk, heads, kv_heads, cache, q_start, bloc
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     expected = cached_attention(exact_q, exact_k, exact_v, q_start, scale)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.fixture
+def check_tpu(draw_cache, monkeypatch):
+    """Compares the TPU's kernel with `cached_attention`, in blocks of 32 queries and 64 keys; dead keys are nan."""
+    monkeypatch.setattr(tpu, "_QUERIES", 32)
+    monkeypatch.setattr(tpu, "_KEYS", 64)
+
+    def run(dtype, chunk, heads, kv_heads, cache, starts, slots, interpret=True):
+        rows = len(starts) if slots is None else max(slots) + 1
+        live = np.zeros((rows, cache), bool)
+        for slot, start in zip(slots or range(rows), starts, strict=True):
+            live[slot, : start + chunk] = True
+
+        def bury(array):  # [C, K, S, ...]
+            dead = {"int8": -128}.get(array.dtype.name, jnp.nan)
+            return jnp.where(live[:, None, :, *[None] * (array.ndim - 3)], array, jnp.asarray(dead, array.dtype))
+
+        q, exact_q = draw((len(starts), chunk, heads, 128), "bfloat16", 0)
+        (k, exact_k), (v, exact_v) = (draw_cache((rows, kv_heads, cache, 128), dtype, seed) for seed in (1, 2))
+        k, v = jax.tree.map(bury, (k, v))
+        numbers = (None if n is None else jnp.array(n, jnp.int32) for n in (starts, slots))
+        attend = partial(tpu.prefill_attention, scale=0.1, block_size=0, interpret=interpret)
+        out = jax.jit(attend)(q, k, v, *numbers)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        rows = slice(None) if slots is None else np.array(slots)
+        expected = cached_attention(exact_q, exact_k[rows], exact_v[rows], starts, 0.1)
+        np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=0)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("chunk", "heads", "kv_heads", "cache", "starts", "slots"),
+    [
+        (1, 6, 2, 100, (70,), None),  # a block is not filled
+        (32, 2, 2, 64, (0, 32), None),  # whole blocks
+        (50, 6, 2, 200, (0, 150, 77), (4, 0, 1)),  # neither queries nor keys fill their last blocks
+        (21, 3, 1, 37, (16, 5), (1, 1)),  # the cache is smaller than a block; two chunks of one row
+    ],
+)
+def test_prefill_tpu(check_tpu, dtype, chunk, heads, kv_heads, cache, starts, slots):
+    check_tpu(dtype, chunk, heads, kv_heads, cache, starts, slots)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_prefill_tpu_memory(check_tpu, dtype):
+    """What is not written is nan, and copies are checked for races."""
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", uninitialized_memory="nan")
+    check_tpu(dtype, 40, 3, 1, 100, (30, 0), (1, 0), params)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch, hopper
+from pallas_kernels import dispatch, flash, hopper
 from pallas_kernels.decode_attention import decode_attention, gpu, tpu
 from pallas_kernels.kv import encode
 
@@ -139,7 +139,7 @@ def test_tpu_memory(check, dtype):
 
 def test_tpu_takes_a_step_for_each_live_block():
     lengths = jnp.array([513, 1, 512, 1300], jnp.int32)
-    rows, blocks, steps = tpu._schedule(lengths, block=512, most=3)
+    rows, blocks, steps = flash.live_blocks(lengths, block=512, most=3)
     assert rows.shape == blocks.shape == (12,)
     live = list(zip(rows.tolist(), blocks.tolist(), strict=True))[: int(steps)]
     assert live == [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2)]

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from phi4mm_jax.runtime.memory import bytes_per_device
+
 PRESET = "gpu_hopper"
 MEMORY_BYTES = {"a100": 80e9, "h100": 80e9, "h200": 141e9}
 MIB = 2**20
+POSITIONS = 32768  # of all rows together
 KEPT = {"decode": 16, "prefill": 64}
 """MiB of temporaries: a prompt's 512 tokens have 16384 float32 numbers each between gate_up and down."""
 BLOCKS = 36
@@ -32,12 +35,14 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("chip", "program", "form", "batch", "layers"), list(cases()))
-def test_fits(target, compile_program, cache_bytes, chip, program, form, batch, layers) -> None:
+def test_fits(target, decoder_steps, compile_decoder, chip, program, form, batch, layers) -> None:
     with target(chip) as mesh:
-        compiled = compile_program(mesh, PRESET, program, form, batch, layers)
+        steps = decoder_steps(mesh, PRESET, form, layers)
+        compiled = compile_decoder(steps, program, batch, POSITIONS // batch)
     on_hopper, decodes, grouped = chip != "a100", program == "decode", form == "int4"
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes * layers
+    cache = bytes_per_device(steps.state_shapes(batch, POSITIONS // batch).caches)
+    assert memory.alias_size_in_bytes >= cache
     most = KEPT[program] + (decodes and not on_hopper) * BLOCKS
     most += (grouped and not (decodes and on_hopper)) * WIDENED
     assert memory.temp_size_in_bytes <= most * MIB
@@ -47,7 +52,7 @@ def test_fits(target, compile_program, cache_bytes, chip, program, form, batch, 
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == kernels
 
 
-def test_tensor_parallel_decode_takes_the_forms_that_xla_partitions(target, compile_program) -> None:
+def test_each_gpu_runs_the_kernel_on_its_heads(target, decoder_steps, compile_decoder) -> None:
     with target("h200", model=8) as mesh:
-        text = compile_program(mesh, PRESET, "decode", "bf16", 8, 2).as_text()
-    assert "all-reduce" in text and "mosaic_gpu" not in text
+        text = compile_decoder(decoder_steps(mesh, PRESET, "bf16", 2), "decode", 8, 4096).as_text()
+    assert "all-reduce" in text and text.count('custom_call_target="mosaic_gpu') == 2
