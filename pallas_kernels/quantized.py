@@ -100,7 +100,6 @@ def _per_group(factors: jax.Array) -> jax.Array:
     return factors.astype(jnp.float32)[:, :, None]
 
 
-@functools.partial(jax.jit, static_argnames="form")  # or its loop would be compiled anew for each weight
 def quantize(w: jax.Array, form: Format) -> QuantizedArray:
     """Rounds a weight, each group to the range that has the least squared error (no data needed).
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.quantized import Format, QuantizedArray, quantize
+from pallas_kernels.quantized import Format, QuantizedArray
 from phi4mm_jax.config import ConfigError, QuantizationConfig
+from phi4mm_jax.runtime.steps import quantize_weight
 
 Leaf = jax.Array | QuantizedArray
 
@@ -52,7 +53,7 @@ def place(path: str, value: np.ndarray, leaf: jax.ShapeDtypeStruct, config: Quan
 def quantize_leaf(placed: jax.Array, path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Leaf:
     """Quantizes a placed leaf, if the configuration says so; the other arguments are those of `place`."""
     form = format_of(path, leaf, config)
-    return placed if form is None else place_as(quantize(placed, form), path, leaf, config)
+    return placed if form is None else place_as(quantize_weight(placed, form), path, leaf, config)
 
 
 def place_as(quantized: QuantizedArray, path: str, leaf: jax.ShapeDtypeStruct, config: QuantizationConfig) -> Leaf:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from pallas_kernels.observed import Observed
 from pallas_kernels.partition import over
 from pallas_kernels.products import einsum
+from pallas_kernels.quantized import quantize
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
@@ -33,6 +34,9 @@ Leaves = tuple[jax.Array, ...]
 # XLA:CPU widens a bfloat16 gather to float32 and then moves that conversion out of the decode loop, where it becomes a
 # float32 copy of the whole embedding, made anew by every dispatch.
 _COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}}
+
+quantize_weight = jax.jit(quantize, static_argnames="form")
+"""`quantize`, compiled once for each shape and format."""
 
 
 class Weights(NamedTuple):
