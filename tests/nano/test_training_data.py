@@ -166,7 +166,7 @@ def test_a_picture_of_one_tile_is_seen_once(run: Run, monkeypatch: pytest.Monkey
     # 1 + 1 + 2 + 7 + 7 + 7 + 7 crops; one more picture does not fit.
     sizes = iter(((112, 112), (112, 112), (60, 112), (300, 200), *[(336, 224)] * 4))
 
-    def draw(*_: object) -> Picture:
+    def draw(*_: object, **__: object) -> Picture:
         return Picture(
             Image.new("RGB", next(sizes)), "", ("red", "heart"), ((LABELS["heart"], 1, 1, 40, 40),), 0.0, True
         )
