@@ -84,16 +84,15 @@ def compile_text(compile_decoder):
     return lambda steps, case: compile_decoder(steps, case.program, case.batch, case.positions, case.adapters)
 
 
-def least_traffic(steps: Steps, case: Case) -> int:
+def least_traffic(steps: Steps, case: Case, leaves: dict[str, Any]) -> int:
     """Bytes of the weights and the cache that a decode step of a chip reads."""
-    leaves = placed(steps).items()
-    used = [w for path, w in leaves if path.startswith("text.") and (case.adapters or path[-2:] not in ("_a", "_b"))]
-    return bytes_per_device([used, steps.state_shapes(case.batch, case.positions).caches])
+    names = [path for path in leaves if path.startswith("text.") and (case.adapters or path[-2:] not in ("_a", "_b"))]
+    return bytes_per_device([[leaves[name] for name in names], steps.state_shapes(case.batch, case.positions).caches])
 
 
-def quantized_shapes(steps: Steps) -> list[tuple[int, ...]]:
+def quantized_shapes(leaves: dict[str, Any]) -> list[tuple[int, ...]]:
     """Of the decoder's weights on a chip."""
-    weights = [w for path, w in placed(steps).items() if path.startswith("text.") and isinstance(w, QuantizedArray)]
+    weights = [w for path, w in leaves.items() if path.startswith("text.") and isinstance(w, QuantizedArray)]
     return [w.values.sharding.shard_shape(w.shape) for w in weights]
 
 
@@ -116,9 +115,9 @@ def test_decoder(target, schedule, steps_on, compile_text, placed, case: Case) -
     assert compiled.as_text().count("tpu_custom_call") == kernels * case.layers
     program = schedule(compiled)
     work = program.loop() if case.program == "decode" else program.entry
-    assert not program.wide_copies(work, quantized_shapes(steps))
+    assert not program.wide_copies(work, quantized_shapes(placed(steps)))
     if case.program == "decode":
-        assert program.traffic(work) <= MOST_TRAFFIC * least_traffic(steps, case)
+        assert program.traffic(work) <= MOST_TRAFFIC * least_traffic(steps, case, placed(steps))
 
 
 def test_a_dequantized_weight_would_be_seen(target, schedule, steps_on, compile_text, placed) -> None:
@@ -127,8 +126,8 @@ def test_a_dequantized_weight_would_be_seen(target, schedule, steps_on, compile_
     with target(case.chip, *case.mesh) as mesh, prefer("xla"):
         steps = steps_on(mesh, case)
         program = schedule(compile_text(steps, case))
-    assert program.traffic(program.loop()) > MOST_TRAFFIC * least_traffic(steps, case)
-    assert program.wide_copies(program.loop(), quantized_shapes(steps))
+    assert program.traffic(program.loop()) > MOST_TRAFFIC * least_traffic(steps, case, placed(steps))
+    assert program.wide_copies(program.loop(), quantized_shapes(placed(steps)))
 
 
 ENCODERS = list(itertools.product(CHIPS, ((1, 1), (1, 4), (1, 8)), ("images", "speech"), ("none", "int8")))

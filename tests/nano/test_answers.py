@@ -47,11 +47,12 @@ def test_nano_is_a_model_like_any_other(capsys: pytest.CaptureFixture[str]) -> N
     [
         (("text",), 0.95),
         (("speech: known",), 0.6),
-        (("reading: one, large", "reading: one, small"), 0.8),
+        (("reading: one, large", "reading: one, small"), 0.9),
+        (("reading: two",), 0.8),
         (("figure",), 0.8),
-        (("spoken question",), 0.7),
+        (("spoken question",), 0.9),
     ],
-    ids=["text", "speech", "reading", "figures", "spoken questions"],
+    ids=["text", "speech", "a word", "two words", "figures", "spoken questions"],
 )
 def test_held_out_answers(nano: Phi4MM, titles: tuple[str, ...], least: float) -> None:
     assert share_right(nano, of(*titles)) >= least
