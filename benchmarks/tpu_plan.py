@@ -64,8 +64,9 @@ def main() -> None:
     print("| program | chips | arguments GiB | temporaries GiB |\n|---|---|---|---|")
     for chips in (1, 4):
         runtime = RuntimeConfig.load(args.config, mesh={"model": chips})
-        for name, lower in programs(Steps(ModelConfig.load("phi4mm"), runtime, create_mesh(runtime.mesh, devices))):
-            with prefer("xla"):  # the default backend here is not the target's
+        mesh = create_mesh(runtime.mesh, devices)
+        for name, lower in programs(Steps(ModelConfig.load("phi4mm"), runtime, mesh)):
+            with prefer("tpu"), jax.set_mesh(mesh):  # the default backend here is not the target's
                 memory = lower().compile().memory_analysis()
             sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
             print(f"| {name} | {chips} | {' | '.join(f'{size / 2**30:.3f}' for size in sizes)} |", flush=True)
