@@ -71,8 +71,8 @@ class Form:
         dtypes = {"params": self.params, "activations": "float32", "kv_cache": self.kv_cache}
         dtypes["matmul_precision"] = "highest"
         settings = {"group_size": self.group_size, "zero_point": self.zero_point}
-        form = None if self.calibrated else self.quantize
-        model = Phi4MM.from_pretrained(source, dtypes=dtypes, quantize=form, quantization=settings, progress=False)
+        at_once = {} if self.calibrated else {"quantize": self.quantize, "quantization": settings}
+        model = Phi4MM.from_pretrained(source, dtypes=dtypes, **at_once, progress=False)
         if self.calibrated:
             model.quantize(calibration, self.quantize, **settings)
         return model
