@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from phi4mm_jax.runtime.memory import bytes_per_device
 
 T = TypeVar("T")
 
@@ -42,6 +44,13 @@ def copy_bandwidth() -> float:
         x.block_until_ready()
         best = min(best, (time.perf_counter() - start) / _calls())
     return 2 * x.nbytes / best
+
+
+def step_bytes(leaves: Mapping[str, Any]) -> int:
+    """Of weights, by path, that a decode step of text rows reads on a device: the decoder's without its adapters."""
+    return bytes_per_device(
+        [w for path, w in leaves.items() if path.startswith("text.") and path[-2:] not in ("_a", "_b")]
+    )
 
 
 def _calls() -> int:

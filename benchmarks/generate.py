@@ -133,15 +133,6 @@ def _message(medium: dict[str, Any], text: str) -> list[dict[str, Any]]:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def decoder_bytes(model: Phi4MM) -> int:
-    """Of weights that a step of text rows reads: all of the decoder's but its adapters."""
-    from phi4mm_jax.runtime.memory import bytes_per_device
-
-    adapter = re.compile(r"\.(speech|vision)_[ab]\b")
-    leaves = model.steps.unpack(model.weights).items()
-    return bytes_per_device([leaf for path, leaf in leaves if path.startswith("text.") and not adapter.search(path)])
-
-
 def run_case(model: Phi4MM, case: Case, rows: int, max_tokens: int, repeat: int, shortest: float) -> str:
     """Measures one case, asked `rows` times at once, and returns its row of the table.
 
@@ -197,7 +188,7 @@ def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Names
     """Loads one checkpoint under one config in one format, measures every case and prints the section of a report."""
     import jax
 
-    from benchmarks.bandwidth import copy_bandwidth
+    from benchmarks.bandwidth import copy_bandwidth, step_bytes
     from phi4mm_jax import Phi4MM
 
     loaded: list[Phi4MM] = []
@@ -207,7 +198,7 @@ def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Names
     settings = "".join(f", {setting}" for setting in [*([quantize] if quantize else []), *args.set])
     print(f"### {os.path.basename(os.path.normpath(checkpoint))}, config {config}{settings}\n")
     loading = f"Loading: {load.wall:.1f} s, {load.cpu:.1f} CPU-s, peak memory {peak_memory()}"
-    size, bandwidth = decoder_bytes(model), copy_bandwidth()
+    size, bandwidth = step_bytes(model.steps.unpack(model.weights)), copy_bandwidth()
     memory = (
         f"A device copies {bandwidth / 1e9:.1f} GB/s, read and written, and holds {size / 1e9:.2f} GB of the decoder"
     )

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.bandwidth import copy_bandwidth, cycled_bytes, programs, seconds
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized import Format, QuantizedArray
+from phi4mm_jax.runtime.memory import bytes_per_device
 
 SHAPE = (16384, 3072)  # the decoder's gate_up projection
 FORMATS = {"bfloat16": None, "int8": Format(8), "fp8": Format(8, floating=True), "int8, groups of 128": Format(8, 128)}
@@ -29,18 +30,9 @@ FORMATS |= {f"int4, groups of {size}": Format(4, size) for size in (128, 64, 32)
 FORMATS |= {"int4, groups of 64, zero point": Format(4, 64, zero_point=True)}
 
 
-def weight_bytes(form: Format | None) -> int:
-    """Bytes of a weight."""
-    if form is None:
-        return 2 * SHAPE[0] * SHAPE[1]
-    groups = SHAPE[1] // (form.group_size or SHAPE[1])
-    return SHAPE[0] * (SHAPE[1] * form.bits // 8 + 2 * groups * (2 if form.zero_point else 1))
-
-
 def weights(form: Format | None) -> list[jax.Array | QuantizedArray]:
     """Enough random weights of a format that they do not fit a cache."""
     rng = np.random.default_rng(0)
-    count = -(-cycled_bytes() // weight_bytes(form))
     if form is None:
         first = jnp.asarray(rng.standard_normal(SHAPE, np.float32), jnp.bfloat16)
     else:
@@ -48,6 +40,7 @@ def weights(form: Format | None) -> list[jax.Array | QuantizedArray]:
         values = jnp.asarray(rng.integers(low, high + 1, SHAPE, np.int16), form.dtype)
         scales = jnp.full((SHAPE[0], SHAPE[1] // (form.group_size or SHAPE[1])), 0.01, jnp.bfloat16)
         first = QuantizedArray(values, scales, offsets=scales if form.zero_point else None)
+    count = -(-cycled_bytes() // bytes_per_device(first))
     return [first, *(jax.tree.map(jnp.copy, first) for _ in range(count - 1))]
 
 
@@ -84,7 +77,7 @@ def main() -> None:
     print("| format | rows | minimum ms | median ms | GB/s at the minimum | of a copy |\n|---|---|---|---|---|---|")
     for (name, rows), taken in times.items():
         best, usual = 1000 * min(taken), 1000 * statistics.median(taken)
-        rate = weight_bytes(FORMATS[name]) / min(taken)
+        rate = bytes_per_device(cycles[name][0][0]) / min(taken)
         print(f"| {name} | {rows} | {best:.3f} | {usual:.3f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |")
 
 

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.bandwidth import step_bytes
 from pallas_kernels.quantized import QuantizedArray
 from phi4mm_jax import Phi4MM
-from phi4mm_jax.runtime.memory import bytes_per_device
 from phi4mm_jax.runtime.scoring import score
 from tools.nano.conversations import TASKS, TRANSCRIBE, text_conversation
 from tools.nano.evaluate import measure
@@ -166,12 +166,6 @@ def weight_errors(leaves: Leaves, reference: Leaves) -> list[float]:
     return [float(np.sqrt(error / size)) for error, size in squares.values()]
 
 
-def bytes_per_token(leaves: Leaves) -> int:
-    """Bytes of weights that one decode step of text reads."""
-    read = {path: leaf for path, leaf in leaves.items() if path.startswith("text.") and not path.endswith(("_a", "_b"))}
-    return bytes_per_device(read)
-
-
 def main() -> None:
     """Prints a table, and draws it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -198,7 +192,7 @@ def main() -> None:
         same = float((exact.argmax(-1) == likely.argmax(-1)).mean())
         scores = [np.mean([measure(model, test, options.count).score for test in group]) for group in tests.values()]
         golden = f"{golden_divergence(form.load((), GOLDEN / 'hub')):.1e}" if form.fits_golden else "-"
-        size, distance = points[name] = bytes_per_token(leaves), divergence(exact, likely)
+        size, distance = points[name] = step_bytes(leaves), divergence(exact, likely)
         cells = [f"{size / 1e6:.2f}", f"{np.mean(errors):.2%}, {max(errors):.2%}", f"{distance:.1e}", f"{same:.2%}"]
         tqdm.write(f"| {name} | {' | '.join([*cells, *(f'{s:.1%}' for s in scores), golden])} |", sys.stdout)
     if options.plot:

@@ -26,6 +26,13 @@ def check_device(operator: str) -> None:
         raise NotImplementedError(f"{operator} on a GPU: Hopper (H100, H200), not {device.device_kind}")
 
 
+def require(operator: str, is_right: Callable[[], bool]) -> None:
+    """Raises NotImplementedError where the program is not for a Hopper GPU, or the kernel fails on this one."""
+    check_device(operator)
+    if not is_right():
+        raise NotImplementedError(f"{operator} on a GPU: the kernel fails on this one")
+
+
 def prove(operator: str, cases: Callable[[], bool]) -> bool:
     """Runs small cases and says whether the kernel computes on this GPU what XLA does.
 

@@ -49,7 +49,7 @@ def decode_attention(
     Raises:
       NotImplementedError: another device, type of the cache, width or number of heads, or a short cache.
     """
-    b, n, h = q.shape
+    n, h = q.shape[1:]
     kv_heads, positions = k.shape[1:3]
     group = n // kv_heads
     if k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.int8):
@@ -61,9 +61,7 @@ def decode_attention(
     if positions < _BLOCK or positions % 4:
         raise NotImplementedError(f"decode_attention on a GPU: {_BLOCK} or more keys, in fours, not {positions}")
     if not interpret:
-        hopper.check_device("decode_attention")
-        if not is_right():
-            raise NotImplementedError("decode_attention on a GPU: the kernel fails on this one")
+        hopper.require("decode_attention", is_right)
     return _attend(q, k, v, lengths, scale, interpret)
 
 

@@ -54,9 +54,7 @@ def matmul(
     rows = math.prod(x.shape[:-1])
     product = sizes(rows, w)
     if not interpret:
-        hopper.check_device("matmul")
-        if not is_right():
-            raise NotImplementedError("matmul on a GPU: the kernel fails on this one")
+        hopper.require("matmul", is_right)
     y = _multiply(product, x.reshape(rows, -1), w, interpret)
     return y.astype(out_dtype).reshape(*x.shape[:-1], w.shape[0])
 
