@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Self
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -33,6 +35,22 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The next part of a streamed answer."""
+
+    text: str
+    """May be empty: a token can be half a character, or the possible beginning of a stop string."""
+    token_ids: list[int]
+    """The tokens that this piece is of."""
+    logprobs: list[TokenLogprob] | None
+    """One per token, where asked for."""
+    finish_reason: str | None
+    """None but on the last piece."""
+    usage: Usage | None
+    """None but on the last piece."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """A whole answer."""
 
@@ -47,21 +65,17 @@ class Output:
     usage: Usage
     """Counts and times."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The next part of a streamed answer."""
-
-    text: str
-    """May be empty: a token can be half a character, or the possible beginning of a stop string."""
-    token_ids: list[int]
-    """The tokens that this piece is of."""
-    logprobs: list[TokenLogprob] | None
-    """One per token, where asked for."""
-    finish_reason: str | None
-    """None but on the last piece."""
-    usage: Usage | None
-    """None but on the last piece."""
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Self:
+        """Joins all pieces of an answer."""
+        last = pieces[-1]
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            token_ids=[token for piece in pieces for token in piece.token_ids],
+            finish_reason=last.finish_reason,
+            logprobs=None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs],
+            usage=last.usage,
+        )
 
 
 class Answer:
@@ -81,9 +95,7 @@ class Answer:
         self._first = self._last = called
         self._admitted = called
         self._held = ""  # text that may turn out to be the beginning of a stop string
-        self._text: list[str] = []
         self.token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None
 
     def push(self, event: Event) -> Piece:
@@ -105,21 +117,8 @@ class Answer:
         token_ids = event.token_ids[:used]
         logprobs = None if event.logprobs is None else event.logprobs[:used]
         self.token_ids += token_ids
-        if self._logprobs is not None:
-            self._logprobs += logprobs
-        self._text.append(text)
         usage = self.usage() if reason else None
         return Piece(text=text, token_ids=token_ids, logprobs=logprobs, finish_reason=reason, usage=usage)
-
-    def output(self) -> Output:
-        """The whole answer, once it is finished."""
-        return Output(
-            text="".join(self._text),
-            token_ids=self.token_ids,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs,
-            usage=self.usage(),
-        )
 
     def usage(self) -> Usage:
         """Counts and times so far."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import queue
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,22 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi4mm_jax.answer import Answer, Output, Piece, Usage
+from phi4mm_jax.answer import Output, Piece, Usage
 from phi4mm_jax.config import ConfigError, ModelConfig, RuntimeConfig, quantization_settings
 from phi4mm_jax.processing.conversations import read_conversations
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import ChatError, Prompt
-from phi4mm_jax.runtime.buckets import round_up
 from phi4mm_jax.runtime.calibration import calibrate
 from phi4mm_jax.runtime.compilation import set_up_compilation
-from phi4mm_jax.runtime.engine import Engine
-from phi4mm_jax.runtime.limits import answer_limit, cache_length
+from phi4mm_jax.runtime.limits import answer_limit
 from phi4mm_jax.runtime.memory import available_memory, plan_memory, return_freed_memory
 from phi4mm_jax.runtime.mesh import create_mesh
 from phi4mm_jax.runtime.placement import place, placed_shape
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.runtime.scoring import score
 from phi4mm_jax.runtime.steps import Steps, Weights
+from phi4mm_jax.service import Request, Service
 from phi4mm_jax.weights.hub import resolve
 from phi4mm_jax.weights.loader import load
 from phi4mm_jax.weights.saved import Manifest, Storage, restore, save
@@ -68,7 +69,7 @@ class Phi4MM:
         self.name, self.directory = name, directory
         self.processor, self.steps, self.weights = processor, steps, weights
         self._progress = progress
-        self._idle: Engine | None = None  # the last engine, while no call is using it
+        self.service = self._new_service()
 
     @classmethod
     def from_pretrained(
@@ -165,13 +166,15 @@ class Phi4MM:
                 prompts.append(self.processor.conversation(messages, add_generation_prompt=False))
             except ValueError as error:
                 raise type(error)(f"calibration[{i}]: {error}") from error
+        self.service.release()
         leaves = self.steps.unpack(self.weights)
-        self._idle = self.weights = None  # what has been quantized is not kept
+        self.service = self.weights = None  # what has been quantized is not kept
         try:
             calibrate(self.steps, leaves, prompts, runtime.quantization, self._progress)
         finally:
             self.weights = self.steps.pack(leaves)
         self.steps = Steps(self.steps.model, runtime, self.steps.mesh)
+        self.service = self._new_service()
 
     def save_pretrained(self, path: str | Path, *, storage: Storage = "orbax") -> None:
         """Saves the model as it lies in memory, quantized or not; `from_pretrained(path)` only has to read it.
@@ -224,19 +227,19 @@ class Phi4MM:
         batched = _is_batch(inputs)
         rows = list(inputs) if batched else [inputs]
         columns = [_media_per_row(m, n, len(rows), batched) for m, n in ((images, "images"), (audios, "audios"))]
-        prompts, params, answers = [], [], []
+        asked = []
         for i, (row, *media) in enumerate(zip(rows, *columns, strict=True)):
             try:
-                params.append(SamplingParams(**_row_of(sampling, i, len(rows), batched)))
-                prompts.append(self._prompt(row, *media, tools))
-                answers.append(self._answer(prompts[i], params[i], called))
+                params = SamplingParams(**_row_of(sampling, i, len(rows), batched))
+                asked.append(self._checked(self._prompt(row, *media, tools), params))
             except ValueError as error:
                 if not batched:
                     raise
                 raise type(error)(f"inputs[{i}]: {error}") from error
-        for _ in self._pieces(prompts, params, answers, self.steps.runtime.engine.decode_steps):
-            pass
-        outputs = [answer.output() for answer in answers]
+        parts: list[list[Piece]] = [[] for _ in rows]
+        for i, piece in self._pieces(asked, called, streaming=False):
+            parts[i].append(piece)
+        outputs = [Output.of(pieces) for pieces in parts]
         return outputs if batched else outputs[0]
 
     def stream(
@@ -255,9 +258,8 @@ class Phi4MM:
         """
         called = time.perf_counter()
         params = SamplingParams(**_known(sampling))
-        prompt = self._prompt(inputs, images, audios, tools)
-        answer = self._answer(prompt, params, called)
-        return self._pieces([prompt], [params], [answer], self.steps.runtime.engine.stream_steps)
+        asked = self._checked(self._prompt(inputs, images, audios, tools), params)
+        return (piece for _, piece in self._pieces([asked], called, streaming=True))
 
     def logits(
         self,
@@ -280,7 +282,7 @@ class Phi4MM:
           MediaError, PromptError, RequestError, MemoryPlanError: before anything is run.
         """
         row = self.processor.raw(prompt, images=images or (), audios=audios or ())
-        self._idle = None  # its cache makes room
+        self.service.release()  # its cache makes room
         return score(self.steps, self.weights, row)
 
     # --- parts -----------------------------------------------------------------------------------------------
@@ -293,53 +295,41 @@ class Phi4MM:
             raise ChatError("tools: go with a conversation; a raw prompt holds them itself")
         return self.processor.raw(inputs, images=images, audios=audios)
 
-    def _answer(self, prompt: Prompt, params: SamplingParams, called: float) -> Answer:
-        """Begins an answer, once its request is known to fit the context."""
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[Prompt, SamplingParams]:
+        """What is asked, once it is known to fit the context."""
         answer_limit(self.steps, prompt, params)
-        return Answer(self.processor.tokenizer, prompt, params, called)
+        return prompt, params
 
     def _pieces(
-        self, prompts: list[Prompt], params: list[SamplingParams], answers: list[Answer], max_steps: int
-    ) -> Iterator[Piece]:
-        """Drives an engine until all answers are finished; yields the pieces of all rows as they come."""
-        pairs = list(zip(prompts, params, strict=True))
-        length = max(cache_length(self.steps, prompt, answer_limit(self.steps, prompt, p)) for prompt, p in pairs)
-        media_tokens = sum(medium.num_tokens for prompt in prompts for medium in (*prompt.images, *prompt.audios))
-        engine, intact = self._take_engine(len(prompts), length, media_tokens), False
+        self, asked: Sequence[tuple[Prompt, SamplingParams]], called: float, streaming: bool
+    ) -> Iterator[tuple[int, Piece]]:
+        """The pieces of all answers as they come, each with the index of what was asked."""
+        inbox: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
+        requests = [
+            Request(prompt=p, params=s, receive=partial(_put, inbox, i), streaming=streaming, called=called)
+            for i, (p, s) in enumerate(asked)
+        ]
+        self.service.submit(requests)
+        unfinished = set(requests)
         try:
-            growing = {engine.submit(prompt, p): answer for (prompt, p), answer in zip(pairs, answers, strict=True)}
-            while growing:
-                for event in engine.step(max_steps):
-                    answer = growing.get(event.request)
-                    if answer is None:  # ended by a stop string; these tokens were under way
-                        continue
-                    yield answer.push(event)
-                    if answer.finish_reason:
-                        engine.cancel(event.request)
-                        del growing[event.request]
-            intact = True
-        except GeneratorExit:  # left between two steps
-            intact = True
-            raise
+            while unfinished:
+                i, piece = inbox.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece.finish_reason:
+                    unfinished.remove(requests[i])
+                yield i, piece
         finally:
-            if intact:  # an interrupted step may have given its buffers away
-                engine.reset()
-                self._idle = engine
+            for request in unfinished:
+                self.service.cancel(request)
 
-    def _take_engine(self, rows: int, length: int, media_tokens: int) -> Engine:
-        """An engine for this many rows and positions: the idle one if its shape is the same."""
-        runtime = self.steps.runtime
-        batch = min(round_up(rows, runtime.engine.batch_buckets), runtime.engine.max_batch)
-        length = round_up(length, runtime.engine.cache_buckets)
-        engine, self._idle = self._idle, None
-        if engine is not None and (engine.batch, engine.length) == (batch, length):
-            return engine
-        del engine  # its memory is free before the next one is planned
-        plan = plan_memory(self.steps, batch, length, media_tokens)
-        if self._progress:
-            print(f"Memory plan: {plan}", file=sys.stderr)
-        plan.check(available_memory(self.steps.mesh.devices.flat[0]), weights_loaded=True)
-        return Engine(self.steps, self.weights, batch, length)
+    def _new_service(self) -> Service:
+        report = partial(print, "Memory plan:", file=sys.stderr) if self._progress else None
+        return Service(self.steps, self.weights, self.processor.tokenizer, report=report)
+
+
+def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:
+    inbox.put((i, piece))
 
 
 def runtime_config(

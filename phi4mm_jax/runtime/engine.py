@@ -119,6 +119,11 @@ class Engine:
                 self._release(row)
 
     @property
+    def waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._waiting)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._waiting) or any(self._slots)

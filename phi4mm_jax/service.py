@@ -1,0 +1,238 @@
+"""Requests of any number of threads on one engine, which a thread drives for as long as there is work."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from phi4mm_jax.answer import Answer, Piece
+from phi4mm_jax.processing.prompt import Prompt
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.runtime.buckets import round_up
+from phi4mm_jax.runtime.engine import Engine
+from phi4mm_jax.runtime.limits import answer_limit, cache_length
+from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
+from phi4mm_jax.runtime.sampling import SamplingParams
+from phi4mm_jax.runtime.steps import Steps, Weights
+
+
+class QueueFullError(RuntimeError):
+    """More requests wait than the service allows; the message says how many."""
+
+
+class RequestTimeoutError(RuntimeError):
+    """A request was not finished within its time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One prompt to answer. Its identity is the object's."""
+
+    prompt: Prompt
+    """What to answer."""
+    params: SamplingParams
+    """How."""
+    receive: Callable[[Piece | Exception], None]
+    """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon."""
+    streaming: bool = False
+    """Whether every token is wanted at once, at the price of throughput."""
+    timeout: float | None = None
+    """Seconds from the call until it is given up with a RequestTimeoutError."""
+    called: float = dataclasses.field(default_factory=time.perf_counter)
+    """When the caller asked, `time.perf_counter` seconds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a service is doing at this moment."""
+
+    running: int
+    """Requests that have a row of the cache."""
+    waiting: int
+    """Requests that have none yet."""
+    rows: int
+    """Rows of the cache; 0 before the first request."""
+    length: int
+    """Positions of each."""
+    used: int
+    """Positions that running requests fill."""
+
+
+class Service:
+    """Answers requests. Every method may be called by any thread."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        *,
+        shape: tuple[int, int] = (1, 1),
+        max_waiting: int | None = None,
+        report: Callable[[MemoryPlan], None] | None = None,
+    ):
+        """Begins with nothing to do; memory is taken when the first request comes.
+
+        Args:
+          steps: programs of the model.
+          weights: what they run on.
+          tokenizer: of the model.
+          shape: rows and positions that the cache has at least, even if the requests at hand need less.
+          max_waiting: most requests that may wait for a row; None for any number.
+          report: is told the plan of every new cache.
+        """
+        self._steps, self._weights, self._tokenizer = steps, weights, tokenizer
+        self._shape, self._max_waiting, self._report = shape, max_waiting, report
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._inbox: list[Request] = []
+        self._cancelled: list[Request] = []
+        # The thread's own.
+        self._engine: Engine | None = None
+        self._backlog: deque[Request] = deque()  # what the engine has no room for
+        self._answers: dict[int, tuple[Request, Answer]] = {}  # by the engine's id
+
+    # --- any thread ------------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests; those of one call begin together as far as there is room.
+
+        Raises:
+          RequestError, SamplingError: one does not fit the context; none is queued.
+          QueueFullError: so many may not wait; none is queued.
+        """
+        for request in requests:
+            answer_limit(self._steps, request.prompt, request.params)
+        with self._lock:
+            waiting = self.load().waiting
+            if self._max_waiting is not None and waiting + len(requests) > self._max_waiting:
+                raise QueueFullError(f"{waiting} requests are waiting and {self._max_waiting} may; try again later")
+            self._inbox += requests
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="phi4mm-service", daemon=True)
+                self._thread.start()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request without another word; one that has ended is left alone."""
+        with self._lock:
+            self._cancelled.append(request)
+
+    def load(self) -> Load:
+        """What it is doing, by counts that may be a moment old."""
+        engine, answers = self._engine, list(self._answers.values())
+        queued = engine.waiting if engine else 0
+        return Load(
+            running=len(answers) - queued,
+            waiting=len(self._inbox) + len(self._backlog) + queued,
+            rows=engine.batch if engine else 0,
+            length=engine.length if engine else 0,
+            used=sum(len(request.prompt.token_ids) + len(answer.token_ids) for request, answer in answers),
+        )
+
+    def release(self) -> None:
+        """Waits until everything has been answered, then frees the cache."""
+        while thread := self._thread:
+            thread.join()
+        self._engine = None
+
+    # --- the service's thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._take_mail():
+            try:
+                self._expire()
+                self._feed()
+                self._advance()
+            except Exception as error:  # whatever it is, the callers hear of it and the service lives on
+                self._engine = None  # an interrupted step may have given its buffers away
+                for id in list(self._answers):
+                    self._end(id, error)
+
+    def _take_mail(self) -> bool:
+        """Takes what has been asked meanwhile; false, which ends the thread, if there is nothing left to do."""
+        with self._lock:
+            self._backlog += self._inbox
+            cancelled = set(self._cancelled)
+            self._inbox, self._cancelled = [], []
+            self._backlog = deque(request for request in self._backlog if request not in cancelled)
+            for id in [id for id, (request, _) in self._answers.items() if request in cancelled]:
+                self._end(id)
+            if self._backlog or self._answers:
+                return True
+            if self._engine:
+                self._engine.reset()  # a dispatch may be under way
+            self._thread = None
+            return False
+
+    def _expire(self) -> None:
+        """Gives up what has taken too long."""
+
+        def is_late(request: Request) -> bool:
+            return request.timeout is not None and time.perf_counter() - request.called > request.timeout
+
+        def tell(request: Request) -> RequestTimeoutError:
+            return RequestTimeoutError(f"not finished within {request.timeout:g} s")
+
+        for id in [id for id, (request, _) in self._answers.items() if is_late(request)]:
+            self._end(id, tell(self._answers[id][0]))
+        for request in [request for request in self._backlog if is_late(request)]:
+            self._backlog.remove(request)
+            request.receive(tell(request))
+
+    def _feed(self) -> None:
+        """Gives the engine what it has room for, after making the room that can be made."""
+        needs = [self._positions(request) for request in self._backlog]
+        if needs and not self._answers:
+            self._new_engine(needs)
+        while self._backlog and self._engine and needs[0] <= self._engine.length:
+            request = self._backlog.popleft()
+            del needs[0]
+            answer = Answer(self._tokenizer, request.prompt, request.params, request.called)
+            self._answers[self._engine.submit(request.prompt, request.params)] = request, answer
+
+    def _positions(self, request: Request) -> int:
+        return cache_length(self._steps, request.prompt, answer_limit(self._steps, request.prompt, request.params))
+
+    def _new_engine(self, needs: Sequence[int]) -> None:
+        """Takes the cache that serves the backlog best of those that fit; the first request fails if none does."""
+        config = self._steps.runtime.engine
+        rows = max(self._shape[0], min(round_up(len(needs), config.batch_buckets), config.max_batch))
+        length = round_up(max(self._shape[1], *needs), config.cache_buckets)
+        if self._engine and (self._engine.batch, self._engine.length) == (rows, length):
+            return
+        self._engine = None  # its memory is free before the next one is planned
+        media = sum(m.num_tokens for r in self._backlog for m in (*r.prompt.images, *r.prompt.audios))
+        plan = plan_memory(self._steps, rows, length, media)
+        try:
+            plan.check(available_memory(self._steps.mesh.devices.flat[0]), weights_loaded=True)
+        except MemoryPlanError as error:
+            self._backlog.popleft().receive(error)
+            return
+        if self._report:
+            self._report(plan)
+        self._engine = Engine(self._steps, self._weights, rows, length)
+
+    def _advance(self) -> None:
+        """Runs the engine once and hands on what it says."""
+        if not self._engine:
+            return
+        config = self._steps.runtime.engine
+        streaming = any(request.streaming for request, _ in self._answers.values())
+        for event in self._engine.step(config.stream_steps if streaming else config.decode_steps):
+            if event.request not in self._answers:  # ended by a stop string; these tokens were under way
+                continue
+            request, answer = self._answers[event.request]
+            piece = answer.push(event)
+            if answer.finish_reason:
+                self._end(event.request)
+            request.receive(piece)
+
+    def _end(self, id: int, error: Exception | None = None) -> None:
+        request, _ = self._answers.pop(id)
+        if self._engine:
+            self._engine.cancel(id)
+        if error:
+            request.receive(error)

@@ -1,0 +1,205 @@
+"""Requests of many threads on one engine."""
+
+import dataclasses
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from phi4mm_jax import Phi4MM
+from phi4mm_jax.answer import Output
+from phi4mm_jax.processing.prompt import Prompt
+from phi4mm_jax.runtime.limits import RequestError
+from phi4mm_jax.runtime.memory import MemoryPlanError
+from phi4mm_jax.runtime.sampling import SamplingParams
+from phi4mm_jax.service import QueueFullError, Request, RequestTimeoutError, Service
+
+ENGINE = {
+    "max_batch": 4,
+    "max_seq_len": 1024,
+    "batch_buckets": [1, 2, 4],
+    "cache_buckets": [256, 1024],
+    "decode_steps": 4,
+}
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Phi4MM:
+    return Phi4MM.from_pretrained("nano", dtype="float32", progress=False, engine=ENGINE)
+
+
+@pytest.fixture
+def service(model):
+    return new_service(model)
+
+
+def new_service(model, **settings):
+    return Service(model.steps, model.weights, model.processor.tokenizer, **settings)
+
+
+def prompt(seed, length=12):
+    return Prompt(np.random.default_rng(seed).integers(2, 900, length).astype(np.int32))
+
+
+class Caller:
+    """Collects what a request receives."""
+
+    def __init__(self, prompt, params=PARAMS, **settings):
+        self.inbox = queue.SimpleQueue()
+        self.request = Request(prompt=prompt, params=params, receive=self.inbox.put, **settings)
+
+    def pieces(self):
+        while True:
+            piece = self.inbox.get(timeout=120)
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish_reason:
+                return
+
+    def tokens(self):
+        return Output.of(list(self.pieces())).token_ids
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Tokens of the prompts, one at a time."""
+    found = {}
+
+    def tokens(seed, params=PARAMS):
+        if (seed, params.max_tokens) not in found:
+            service, caller = new_service(model), Caller(prompt(seed), params)
+            service.submit([caller.request])
+            found[seed, params.max_tokens] = caller.tokens()
+        return found[seed, params.max_tokens]
+
+    return tokens
+
+
+def test_requests_of_many_threads(service, alone):
+    found = {}
+
+    def ask(seed):
+        caller = Caller(prompt(seed), streaming=seed % 2 == 0)
+        service.submit([caller.request])
+        found[seed] = caller.tokens()
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: alone(seed) for seed in range(12)}
+
+
+def test_the_thread_ends_with_the_work(service):
+    caller = Caller(prompt(0))
+    service.submit([caller.request])
+    caller.tokens()
+    service.release()
+    assert not [thread for thread in threading.enumerate() if thread.name == "phi4mm-service"]
+    assert dataclasses.astuple(service.load()) == (0, 0, 0, 0, 0)
+    service.submit([caller.request])
+    assert len(caller.tokens()) == 8
+
+
+def test_one_that_fits_no_context_is_refused_with_its_companions(service):
+    callers = [Caller(prompt(0)), Caller(prompt(1, 1100))]
+    with pytest.raises(RequestError, match="1100 tokens"):
+        service.submit([caller.request for caller in callers])
+    assert service.load().waiting == 0
+
+
+def test_a_longer_one_waits_for_a_longer_cache(service, alone):
+    first, long, last = Caller(prompt(0)), Caller(prompt(1, 600)), Caller(prompt(2))
+    service.submit([first.request])
+    next(first.pieces())
+    service.submit([long.request, last.request])
+    assert len(long.tokens()) == 8
+    assert last.tokens() == alone(2)
+    assert service.load().length == 1024
+
+
+def test_the_queue_has_an_end(model, alone):
+    service = new_service(model, max_waiting=3)
+    callers = [Caller(prompt(seed)) for seed in range(4)]
+    with pytest.raises(QueueFullError, match="0 requests are waiting and 3 may"):
+        service.submit([caller.request for caller in callers])
+    service.submit([caller.request for caller in callers[:3]])
+    assert [caller.tokens() for caller in callers[:3]] == [alone(seed) for seed in range(3)]
+
+
+def test_cancelling(service, alone):
+    endless = dataclasses.replace(PARAMS, max_tokens=900)
+    gone, stays = Caller(prompt(0), endless, streaming=True), Caller(prompt(1))
+    service.submit([gone.request, stays.request])
+    next(gone.pieces())
+    service.cancel(gone.request)
+    assert stays.tokens() == alone(1)
+    service.release()
+    assert gone.inbox.qsize() < 100
+    service.cancel(gone.request)  # once more does nothing
+    again = Caller(prompt(1))
+    service.submit([again.request])
+    assert again.tokens() == alone(1)
+
+
+def test_time_limit(service, alone):
+    endless = dataclasses.replace(PARAMS, max_tokens=900)
+    late, other = Caller(prompt(0), endless, timeout=0.05), Caller(prompt(1))
+    service.submit([late.request, other.request])
+    with pytest.raises(RequestTimeoutError, match=r"not finished within 0\.05 s"):
+        late.tokens()
+    assert other.tokens() == alone(1)
+
+
+def test_what_fails_is_told_and_the_service_lives_on(service, alone, monkeypatch):
+    callers = [Caller(prompt(seed)) for seed in range(2)]
+
+    def fail(*_, **__):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phi4mm_jax.runtime.engine.Engine.step", fail)
+        service.submit([caller.request for caller in callers])
+        for caller in callers:
+            with pytest.raises(RuntimeError, match="out of luck"):
+                caller.tokens()
+    service.submit([callers[1].request])
+    assert callers[1].tokens() == alone(1)
+
+
+def test_no_memory(service, monkeypatch, alone):
+    caller = Caller(prompt(0))
+    with monkeypatch.context() as patch:
+        patch.setattr("phi4mm_jax.service.available_memory", lambda device: 1000)
+        service.submit([caller.request])
+        with pytest.raises(MemoryPlanError, match="0.0 left"):
+            caller.tokens()
+    service.submit([caller.request])
+    assert caller.tokens() == alone(0)
+
+
+def test_stop_strings(service, model):
+    said = Output.of(list(_pieces(service, PARAMS)))
+    stop = said.text[2:4]
+    cut = Output.of(list(_pieces(service, dataclasses.replace(PARAMS, stop=[stop]))))
+    assert (cut.text, cut.finish_reason) == (said.text.split(stop)[0], "stop")
+
+
+def _pieces(service, params):
+    caller = Caller(prompt(3), params)
+    service.submit([caller.request])
+    return caller.pieces()
+
+
+def test_reports_every_cache(model):
+    plans = []
+    service = new_service(model, shape=(2, 256), report=plans.append)
+    for _ in range(2):
+        caller = Caller(prompt(0))
+        service.submit([caller.request])
+        caller.tokens()
+    assert [(plan.batch, plan.length) for plan in plans] == [(2, 256)]
