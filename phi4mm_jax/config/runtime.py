@@ -80,8 +80,8 @@ class EngineConfig(Settings):
     stream_chunk: int = 256
     """Longest chunk of a prompt while callers are streaming, whose tokens wait for it."""
     guessed_tokens: int = 0
-    """Tokens that each decode step checks beyond the next one, guessed from what stands earlier in the sequence: answers
-    that quote come sooner, and none comes out otherwise."""
+    """Tokens that each decode step checks beyond the next one, guessed from what stands earlier in the sequence:
+    answers that quote come sooner, and none comes out otherwise."""
     prefill_block: int = 256
     """Query and key block of the blockwise prefill attention."""
     prefix_cache: bool = True

@@ -374,7 +374,7 @@ class Steps:
                     active=jnp.where(runs, goes_on, state.active),
                     sampling=sampling,
                 )
-                if guessed:
+                if state.history is not None:
                     last = jnp.where(runs, state.lengths, state.history.shape[1] - 1)  # scratch, as in the cache
                     history = state.history.at[jnp.arange(batch), last].set(tokens)
                     state = dataclasses.replace(state, history=history)
