@@ -23,7 +23,7 @@ from phi4mm_jax.service import QueueFullError, RequestTimeoutError
 from phi4mm_jax.serving.backend import Backend
 from phi4mm_jax.serving.errors import INPUT_ERRORS, as_api_error
 from phi4mm_jax.serving.guards import Guards, error_response
-from phi4mm_jax.serving.routes import chat, completions, models, operations, page
+from phi4mm_jax.serving.routes import audio, chat, completions, models, operations, page, tokens
 from phi4mm_jax.serving.settings import ServerSettings
 from phi4mm_jax.serving.warmup import warm_up
 
@@ -63,9 +63,9 @@ def create_app(model: Phi4MM, settings: ServerSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    for routes in (chat, completions, models, operations, page):
+    for routes in (audio, chat, completions, models, operations, page, tokens):
         app.include_router(routes.router)
-    app.mount("/static", StaticFiles(directory=page.DIRECTORY, check_dir=False))
+    app.mount("/static", StaticFiles(directory=page.DIRECTORY))
     return app
 
 

@@ -40,7 +40,7 @@ class Backend:
         self.capacity = choose_capacity(model.steps, settings.rows, settings.context)
         limits = {"max_batch": self.capacity.rows, "max_seq_len": self.capacity.context}
         steps = Steps(model.steps.model, model.steps.runtime.override(engine=limits), model.steps.mesh)
-        self.engine = steps.runtime.engine
+        self.config, self.engine = steps.model, steps.runtime.engine
         self.processor = Processor(model.processor.config, model.processor.tokenizer, settings.media)
         self.service = Service(
             steps,

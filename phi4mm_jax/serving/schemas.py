@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from phi4mm_jax.runtime.sampling import SamplingParams
@@ -153,3 +154,41 @@ class CompletionFields(AnswerFields):
         if self.prompt == []:
             raise refuse("prompt", "the list is empty")
         return self
+
+
+class AudioFields(BaseModel):
+    """A recording to translate; the fields of a form are text, so that their types are not strict."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: UploadFile = Field(description="A recording: WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF.")
+    model: str = "default"
+    prompt: str = Field("", description="Follows the instruction to the model.")
+    temperature: float = 0.0
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+
+
+class TranscriptionFields(AudioFields):
+    """A recording to write down."""
+
+    language: str = Field("", description="ISO 639-1; the model finds out where it is not given.")
+    stream: bool = False
+    granularities: list[Literal["segment"]] = Field(default_factory=list, alias="timestamp_granularities[]")
+    chunking_strategy: Literal["auto"] = "auto"
+
+
+class TokenizeFields(Fields):
+    """Text, or a conversation, to token ids."""
+
+    model: str = "default"
+    prompt: str | None = Field(None, description="Text in which control tokens are live.")
+    messages: list[dict[str, Any]] | None = Field(None, description="A conversation, as for chat completions.")
+    tools: list[dict[str, Any]] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeFields(Fields):
+    """Token ids to text."""
+
+    model: str = "default"
+    tokens: list[int]
