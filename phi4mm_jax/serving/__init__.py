@@ -1,1 +1,1 @@
-"""The OpenAI HTTP API over a model: `app.create_app` makes it, `process.serve` runs it."""
+"""What programs speak to the model: wire formats over `phi4mm_jax.service`."""
