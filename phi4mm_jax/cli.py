@@ -169,6 +169,12 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
         dest="cors_origins",
         help="let pages of this origin call; * for all",
     )
+    group.add_argument(
+        "--media-directory", type=Path, metavar="DIR", dest="directory", help="let requests name files under it"
+    )
+    group.add_argument(
+        "--private-hosts", action="store_true", help="let requests name URLs of this machine and its networks"
+    )
     group.add_argument("--no-warm-up", action="store_false", dest="warm_up", help="compile when requests come")
 
 
@@ -243,10 +249,13 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from phi4mm_jax.processing.media import MediaLimits
     from phi4mm_jax.serving.settings import ServerSettings
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ServerSettings) if f.name in args}
-    settings = ServerSettings(**{"api_key": os.environ.get("PHI4MM_API_KEY", ""), **given})
+    allowed = {f.name: getattr(args, f.name) for f in dataclasses.fields(MediaLimits) if f.name in args}
+    media = dataclasses.replace(ServerSettings().media, **allowed, local_files="directory" in args)
+    settings = ServerSettings(**{"api_key": os.environ.get("PHI4MM_API_KEY", ""), **given}, media=media)
     try:
         from phi4mm_jax.serving.process import serve
     except ModuleNotFoundError as error:

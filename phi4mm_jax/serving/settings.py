@@ -36,7 +36,7 @@ class ServerSettings(Settings):
     """Seconds that running requests are given to finish when the server is asked to stop."""
     max_body_bytes: int = 100_000_000
     """Largest request, media in it included."""
-    media: MediaLimits = MediaLimits(max_bytes=50_000_000, timeout_s=20.0, local_files=False)
+    media: MediaLimits = MediaLimits(max_bytes=50_000_000, timeout_s=20.0, local_files=False, private_hosts=False)
     """What one picture or recording may cost, and where it may come from."""
     segment_s: float = 30.0
     """Seconds of speech that are transcribed at once; longer recordings are cut at silences."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -184,21 +183,22 @@ def segments(recording: Recording, outputs: Sequence[Output], temperature: float
     return found
 
 
-def srt(parts: Sequence[dict[str, Any]]) -> str:
-    """Segments as SubRip subtitles."""
-    return "\n".join(
-        f"{s['id'] + 1}\n{_clock(s['start'], ',')} --> {_clock(s['end'], ',')}\n{s['text'].strip()}\n" for s in parts
-    )
+def srt(recording: Recording, texts: Sequence[str]) -> str:
+    """The texts of the parts as SubRip subtitles."""
+    spans = _spans(recording, ",")
+    return "\n".join(f"{i}\n{span}\n{text}\n" for i, (span, text) in enumerate(zip(spans, texts, strict=True), 1))
 
 
-def vtt(parts: Sequence[dict[str, Any]]) -> str:
-    """Segments as WebVTT subtitles."""
-    return "WEBVTT\n\n" + "\n".join(
-        f"{_clock(s['start'], '.')} --> {_clock(s['end'], '.')}\n{s['text'].strip()}\n" for s in parts
-    )
+def vtt(recording: Recording, texts: Sequence[str]) -> str:
+    """The texts of the parts as WebVTT subtitles."""
+    spans = _spans(recording, ".")
+    return "WEBVTT\n\n" + "\n".join(f"{span}\n{text}\n" for span, text in zip(spans, texts, strict=True))
+
+
+def _spans(recording: Recording, point: str) -> list[str]:
+    return [" --> ".join(_clock(at / recording.rate, point) for at in part) for part in recording.parts]
 
 
 def _clock(seconds: float, point: str) -> str:
-    milliseconds = math.floor(1000 * seconds + 0.5)
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
+    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -72,8 +72,8 @@ async def _begin(
     streaming: bool = False,
 ) -> tuple[Transcription, Recording]:
     backend.check_model(fields.model)
-    timed = fields.response_format in ("verbose_json", "srt", "vtt")
-    params = SamplingParams(temperature=fields.temperature, logprobs=0 if timed else None)
+    detailed = fields.response_format == "verbose_json"
+    params = SamplingParams(temperature=fields.temperature, logprobs=0 if detailed else None)
     data, settings = await fields.file.read(), backend.settings
     recording = await while_connected(
         request, backend.prepare(Recording.decode, data, settings.media, settings.segment_s)
@@ -94,20 +94,21 @@ async def _answer(
 ) -> Any:
     with contextlib.closing(transcription):
         outputs = await while_connected(request, transcription.outputs())
-    text = joint(language).join(filter(None, (output.text.strip() for output in outputs)))
+    texts = [output.text.strip() for output in outputs]
+    text = joint(language).join(filter(None, texts))
     if fields.response_format == "text":
         return PlainTextResponse(f"{text}\n")
     if fields.response_format == "json":
         return {"text": text, "usage": _usage([output.usage for output in outputs])}
-    parts = segments(recording, outputs, fields.temperature)
     if fields.response_format in ("srt", "vtt"):
-        return PlainTextResponse(srt(parts) if fields.response_format == "srt" else vtt(parts))
+        subtitles = srt if fields.response_format == "srt" else vtt
+        return PlainTextResponse(subtitles(recording, texts))
     return {
         "task": task,
         "language": LANGUAGES[language].lower() if language else None,
         "duration": recording.seconds,
         "text": text,
-        "segments": parts,
+        "segments": segments(recording, outputs, fields.temperature),
         "usage": {"type": "duration", "seconds": round(recording.seconds)},
     }
 
