@@ -36,7 +36,7 @@ RULES: dict[str, set[str]] = {
         "phi4mm_jax.processing.prompt",  # the request's dataclasses
     },
     "phi4mm_jax.serving": {
-        *("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn", "numpy"),
+        *("fastapi", "llguidance", "numpy", "prometheus_client", "pydantic", "starlette", "uvicorn"),
         *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime"),
         *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
     },

@@ -30,7 +30,7 @@ MAX_SIZE = 131_072
 """Most characters of a definition with its JSON schemas, as compact JSON."""
 
 _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
-"""Between the parts of JSON: what one line and what indented lines need, so that a model cannot go on with it forever."""
+"""Between the parts of JSON: what one line and indented lines need, so that a model cannot go on with it forever."""
 _STACK = 256 << 20
 """Bytes; a chain of references in MAX_SIZE characters takes 40 MB."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 2 kB a state
@@ -80,8 +80,8 @@ class Grammars:
         Raises:
           GrammarError: naming what is wrong or not supported.
         """
-        escapes = {"/": r"\/", "\n": r"\n"}
-        body = re.sub(r"\\.|/|\n", lambda match: escapes.get(match[0], match[0]), _checked(pattern))
+        escapes = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+        body = re.sub(r"(?s)\\.|/|\n", lambda match: escapes.get(match[0], match[0]), _checked(pattern))
         return self._compile({"grammars": [{"lark_grammar": f"start: /{body}/"}]})
 
     def lark(self, text: str, schemas: Mapping[str, Mapping[str, Any]] | None = None) -> Grammar:
