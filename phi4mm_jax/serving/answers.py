@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -15,9 +16,22 @@ from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.service import Request, Service
 from phi4mm_jax.serving.errors import ApiError
+from phi4mm_jax.serving.grammar import Grammar
 from phi4mm_jax.serving.metrics import Metrics
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of the model."""
+
+    prompt: Prompt
+    """What to answer."""
+    params: SamplingParams
+    """How."""
+    grammar: Grammar | None = None
+    """What the answer must follow."""
 
 
 class Answers:
@@ -27,7 +41,7 @@ class Answers:
         self,
         service: Service,
         metrics: Metrics,
-        asked: Sequence[tuple[Prompt, SamplingParams]],
+        questions: Sequence[Question],
         *,
         called: float,
         timeout: float,
@@ -38,7 +52,7 @@ class Answers:
         Args:
           service: answers.
           metrics: are told of every answer.
-          asked: prompts and how to answer them.
+          questions: what is asked.
           called: when the caller asked, `time.perf_counter` seconds.
           timeout: seconds from `called` on.
           streaming: whether every token is wanted at once.
@@ -51,18 +65,19 @@ class Answers:
         self._inbox: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._requests = [
             Request(
-                prompt=prompt,
-                params=params,
+                prompt=question.prompt,
+                params=question.params,
+                constraint=question.grammar.constraint() if question.grammar else None,
                 receive=partial(self._receive, i),
                 streaming=streaming,
                 timeout=timeout,
                 called=called,
             )
-            for i, (prompt, params) in enumerate(asked)
+            for i, question in enumerate(questions)
         ]
         service.submit(self._requests)
         self._unfinished = set(range(len(self._requests)))
-        self._watches = [metrics.watch(prompt, called) for prompt, _ in asked]
+        self._watches = [metrics.watch(question.prompt, called) for question in questions]
 
     def close(self) -> None:
         """Ends every answer that is still under way."""
@@ -71,7 +86,7 @@ class Answers:
         self._unfinished = set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces as they come, each with the index of what was asked; raises what ends an answer early."""
+        """The pieces as they come, each with the index of its question; raises what ends an answer early."""
         while self._unfinished:
             i, piece = await self._inbox.get()
             if isinstance(piece, Exception):
@@ -82,7 +97,7 @@ class Answers:
             yield i, piece
 
     async def outputs(self) -> list[Output]:
-        """The whole answers, in the order of what was asked."""
+        """The whole answers, in the order of the questions."""
         pieces: list[list[Piece]] = [[] for _ in self._requests]
         async for i, piece in self:
             pieces[i].append(piece)

@@ -13,14 +13,13 @@ from fastapi import Depends, Request
 
 from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.processing.prompt import Prompt
-from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.runtime.steps import Steps
 from phi4mm_jax.service import QueueFullError, Service
-from phi4mm_jax.serving.answers import Answers
+from phi4mm_jax.serving.answers import Answers, Question
 from phi4mm_jax.serving.capacity import choose_capacity
 from phi4mm_jax.serving.errors import ApiError
 from phi4mm_jax.serving.formats import LogprobsFormat
+from phi4mm_jax.serving.grammar import Grammars
 from phi4mm_jax.serving.metrics import Metrics
 from phi4mm_jax.serving.settings import ServerSettings
 
@@ -49,6 +48,7 @@ class Backend:
             shape=(self.capacity.rows, self.capacity.length),
             max_waiting=settings.max_waiting,
         )
+        self.grammars = Grammars(self.processor.tokenizer, steps.model.text.vocab_size, steps.model.tokens.eos)
         self.metrics = Metrics(self.service)
         self.logprobs = LogprobsFormat(self.processor.tokenizer, steps.model.tokens.eos)
         self.model_names = settings.model_names or (model.name, "default")
@@ -78,12 +78,12 @@ class Backend:
         finally:
             self._preparing -= 1
 
-    def ask(self, asked: Sequence[tuple[Prompt, SamplingParams]], *, called: float, streaming: bool = False) -> Answers:
+    def ask(self, questions: Sequence[Question], *, called: float, streaming: bool = False) -> Answers:
         """Asks the model; see `Answers`."""
         return Answers(
             self.service,
             self.metrics,
-            asked,
+            questions,
             called=called,
             timeout=self.settings.request_timeout_s,
             streaming=streaming,

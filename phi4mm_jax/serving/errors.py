@@ -16,10 +16,12 @@ from phi4mm_jax.runtime.limits import RequestError
 from phi4mm_jax.runtime.memory import MemoryPlanError
 from phi4mm_jax.runtime.sampling import SamplingError
 from phi4mm_jax.service import QueueFullError, RequestTimeoutError
+from phi4mm_jax.serving.grammar import GrammarError
+from phi4mm_jax.serving.tools import ToolError
 
 logger = logging.getLogger(__name__)
 
-INPUT_ERRORS = (ChatError, MediaError, PromptError, RequestError, SamplingError)
+INPUT_ERRORS = (ChatError, GrammarError, MediaError, PromptError, RequestError, SamplingError, ToolError)
 """What the caller can put right; their messages say how."""
 _FIELD = re.compile(r"([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)(?=:| = | is | names )")
 """The field that this package's messages begin with: `messages[0].role is ...`, `top_p = 2: ...`."""

@@ -29,6 +29,7 @@ def usage(answers: Sequence[Usage], n: int = 1) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
+            "cached_tokens": sum(u.cached_tokens for u in prompts),
             "audio_tokens": sum(u.audio_tokens for u in prompts),
             "image_tokens": sum(u.image_tokens for u in prompts),
         },

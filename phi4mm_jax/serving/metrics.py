@@ -36,6 +36,7 @@ class Metrics:
         self.inter_token = histogram("inter_token_latency_seconds", "Between a request's tokens.", _TOKEN_SECONDS)
         self.end_to_end = histogram("request_seconds", "From the request to the end of its answer.", _SECONDS)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of answered prompts, media included.")
+        self.cached_tokens = counter("cached_prompt_tokens", "Those of them that the cache held already.")
         self.completion_tokens = counter("completion_tokens", "Tokens of answers.")
         self.requests = counter("requests", "Prompts that were asked, by what they hold.", "modality")
         self.finished = counter("answers", "Answers that came to their end, by what ended them.", "finish_reason")
@@ -80,5 +81,6 @@ class Watch:
         if piece.usage:
             self._metrics.end_to_end.observe(now - self._called)
             self._metrics.prompt_tokens.inc(piece.usage.prompt_tokens)
+            self._metrics.cached_tokens.inc(piece.usage.cached_tokens)
             self._metrics.completion_tokens.inc(piece.usage.completion_tokens)
             self._metrics.finished.labels(piece.finish_reason).inc()

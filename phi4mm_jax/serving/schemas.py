@@ -32,6 +32,29 @@ class StreamOptions(Fields):
     include_obfuscation: Ignored = None
 
 
+class GrammarFields(Fields):
+    """What an answer must follow, as mistral.rs has it."""
+
+    type: Literal["regex", "lark", "json_schema"]
+    value: str | dict[str, Any] = Field(description="A schema for json_schema, else text.")
+
+
+class SchemaFields(Fields):
+    """A JSON schema with a name."""
+
+    name: str = ""
+    description: Ignored = None
+    definition: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool = Field(False, description="Refuse what a grammar cannot express, instead of leaving it out.")
+
+
+class FormatFields(Fields):
+    """Free text, any JSON object, or JSON that is valid under a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFields | None = None
+
+
 class AnswerFields(Fields):
     """What chat and plain completions have in common."""
 
@@ -52,6 +75,7 @@ class AnswerFields(Fields):
     max_tokens: int | None = None
     min_tokens: int = Field(0, description="No end before this many tokens.")
     ignore_eos: bool = Field(False, description="Go on past the end of the answer.")
+    grammar: GrammarFields | None = None
     user: Ignored = None
 
     @model_validator(mode="after")
@@ -95,6 +119,10 @@ class ChatFields(AnswerFields):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    response_format: FormatFields | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, or one function.")
+    parallel_tool_calls: bool = True
     modalities: list[Literal["text"]] = Field(default_factory=list)
     store: Ignored = None
     metadata: Ignored = None

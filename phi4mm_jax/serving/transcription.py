@@ -18,6 +18,7 @@ from phi4mm_jax.processing.prompt import MediaError, Prompt
 from phi4mm_jax.processing.segments import split_at_silences
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.service import QueueFullError
+from phi4mm_jax.serving.answers import Question
 from phi4mm_jax.serving.backend import Backend
 
 LANGUAGES = {
@@ -136,8 +137,8 @@ class Transcription:
         capacity, settings = self._backend.capacity, self._backend.settings
         parts = self._recording.parts[self._asked :][: min(capacity.rows, settings.max_waiting)]
         prompts = await self._backend.prepare(self._prompts, parts)
-        asked = [(prompt, self._params) for prompt in prompts]
-        self._answers = self._backend.ask(asked, called=self._called, streaming=self._streaming)
+        questions = [Question(prompt=prompt, params=self._params) for prompt in prompts]
+        self._answers = self._backend.ask(questions, called=self._called, streaming=self._streaming)
         self._asked += len(parts)
 
     async def _ask_patiently(self) -> None:

@@ -52,7 +52,10 @@ def test_streams(client):
 @pytest.fixture(scope="module")
 def sentences(start):
     """A client of a server that hears as much at once as the small model was trained to."""
-    with start(segment_s=DURATION + 0.9, rows=1) as other, openai.OpenAI(base_url=f"{other.url}/v1", api_key="-") as client:
+    with (
+        start(segment_s=DURATION + 0.9, rows=1) as other,
+        openai.OpenAI(base_url=f"{other.url}/v1", api_key="-") as client,
+    ):
         yield client
 
 

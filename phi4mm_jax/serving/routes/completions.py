@@ -11,11 +11,13 @@ from fastapi import APIRouter, Request
 
 from phi4mm_jax.answer import Usage
 from phi4mm_jax.processing.prompt import Prompt
-from phi4mm_jax.serving.answers import Answers, while_connected
+from phi4mm_jax.serving.answers import Answers, Question, while_connected
 from phi4mm_jax.serving.backend import Backend, TheBackend
 from phi4mm_jax.serving.events import EventStream
 from phi4mm_jax.serving.formats import new_id, usage
+from phi4mm_jax.serving.grammar import Grammar
 from phi4mm_jax.serving.schemas import CompletionFields
+from phi4mm_jax.serving.structure import read_grammar
 
 router = APIRouter(tags=["completions"])
 
@@ -26,8 +28,9 @@ async def completions(fields: CompletionFields, request: Request, backend: TheBa
     called = time.perf_counter()
     backend.check_model(fields.model)
     params = fields.params(max_tokens=fields.max_tokens, logprobs=fields.logprobs)
-    prompts = await while_connected(request, backend.prepare(_prompts, fields, backend))
-    answers = backend.ask([(prompt, p) for prompt in prompts for p in params], called=called, streaming=fields.stream)
+    prompts, grammar = await while_connected(request, backend.prepare(_prepare, fields, backend))
+    questions = [Question(prompt=prompt, params=p, grammar=grammar) for prompt in prompts for p in params]
+    answers = backend.ask(questions, called=called, streaming=fields.stream)
     head = {
         "id": new_id("cmpl"),
         "object": "text_completion",
@@ -51,8 +54,8 @@ async def completions(fields: CompletionFields, request: Request, backend: TheBa
     return head | {"choices": choices, "usage": usage([output.usage for output in outputs], fields.n)}
 
 
-def _prompts(fields: CompletionFields, backend: Backend) -> list[Prompt]:
-    return [backend.processor.raw(prompt) for prompt in fields.prompts]
+def _prepare(fields: CompletionFields, backend: Backend) -> tuple[list[Prompt], Grammar | None]:
+    return [backend.processor.raw(prompt) for prompt in fields.prompts], read_grammar(fields, backend.grammars)
 
 
 def _echo(prompt: str | list[int], fields: CompletionFields, backend: Backend) -> str:
