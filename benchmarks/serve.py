@@ -169,9 +169,9 @@ async def at_rate(client: httpx.AsyncClient, work: Sequence[Messages], rate: flo
     return list(await asyncio.gather(*tasks))
 
 
-async def intruded(client: httpx.AsyncClient) -> tuple[list[Asked], list[Asked]]:
-    """Lets a long prompt and a large picture come while answers are under way; these answers, and the intruders'."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3 * 448, 2 * 448, 3)).astype(np.uint8)
+async def intruded(client: httpx.AsyncClient, size: Sequence[int]) -> tuple[list[Asked], list[Asked]]:
+    """Lets a long prompt and a picture of W x H come while answers are under way; these answers, and the intruders'."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "PNG")
         picture = _data_url(file.getvalue(), "image")
@@ -263,7 +263,7 @@ async def measure(url: str, args: argparse.Namespace) -> bool:
         different = sum(a.text != b.text for a, b in zip(alone, together, strict=True))
         print(f"\n{results[0][1] / results[1][1]:.2f} times the requests per second; {different} answers differ.")
         if args.intrude:
-            running, intruders = await intruded(client)
+            running, intruders = await intruded(client, [int(n) for n in args.picture.split("x")])
             gaps, firsts = (
                 [gap for a in running for gap in a.gaps],
                 [a.times[0] - a.began for a in intruders if a.times],
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, metavar="N")
     parser.add_argument("--rate", type=float, metavar="R", help="requests a second, instead of clients")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--picture", default="1344x896", metavar="WxH", help="the large one (%(default)s: 7 crops)")
     parser.add_argument("--intrude", action="store_true", help="then disturb running answers")
     args = parser.parse_args()
     with contextlib.nullcontext(args.url) if args.url else server(args.model, args.serve, args.caches) as url:

@@ -217,7 +217,10 @@ class Service:
         length = round_up(max(self._shape[1], *map(self._positions, self._backlog)), config.cache_buckets)
         if busy:
             rows, length = max(rows, engine.batch), max(length, engine.length)
-            if (rows, length) != (engine.batch, engine.length) and self._lack(rows, length) is None:
+        if engine and (rows, length) == (engine.batch, engine.length):
+            return
+        if busy:
+            if self._lack(rows, length) is None:
                 engine.resize(rows, length)
             return
         own = self._plan(engine.batch, engine.length).state if engine else 0
