@@ -282,6 +282,7 @@ def _demo(args: argparse.Namespace) -> None:
     from phi4mm_jax.weights.hub import BUNDLED
 
     args.model = BUNDLED["nano"]
+    args.set = ["engine.prefix_cache=false", "engine.media_cache_mib=0", *args.set]  # or asking twice would be cheap
     if not run_demo(_load(args), lambda line: print(line, flush=True)):
         raise DemoError("some answers are not as expected: this machine or its set-up computes something else")
 
