@@ -108,10 +108,13 @@ let ticking = 0;
 
 async function startRecording() {
   notify("");
+  $("record").disabled = true; // while the browser asks whether it may
   try {
     await recorder.start();
   } catch (error) {
     return notify(error.message);
+  } finally {
+    $("record").disabled = false;
   }
   const start = Date.now();
   ticking = setInterval(() => ($("clock").value = clock((Date.now() - start) / 1000)), 250);

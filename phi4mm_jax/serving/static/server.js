@@ -30,7 +30,7 @@ async function call(path, key, init = {}) {
     throw error;
   });
   if (response.ok) return response;
-  const body = await response.json().catch(() => null);
+  const body = await response.json().catch(() => ({}));
   throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`, response.status);
 }
 
