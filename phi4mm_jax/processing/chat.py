@@ -197,6 +197,8 @@ def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Pi
         raise ChatError(f"{where}: pictures and recordings belong in user messages, not in those of role {role}")
     else:
         source = _PART_TYPES[kind](value, where, limits)
+        if isinstance(value, Mapping) and kind in _KEYS:
+            where = f"{where}.{_KEYS[kind]}"
         yield Medium("image" if kind.startswith("image") else "audio", source, where)
 
 
@@ -229,6 +231,8 @@ _PART_TYPES = {
     "audio": _as_it_is,
 }
 """How the source of each type of part is found."""
+_KEYS = {"image_url": "url", "audio_url": "url", "input_audio": "data"}
+"""Where it lies in a part that is a mapping."""
 
 
 def _tools_json(tools: Any, where: str) -> str:

@@ -79,7 +79,16 @@ class Backend:
             self._preparing -= 1
 
     def ask(self, questions: Sequence[Question], *, called: float, streaming: bool = False) -> Answers:
-        """Asks the model; see `Answers`."""
+        """Asks the model; see `Answers`.
+
+        Raises:
+          ApiError: so many questions are never accepted together.
+        """
+        most = self.settings.max_waiting
+        if len(questions) > most:
+            raise ApiError(
+                400, f"{len(questions)} answers are asked for at once; at most {most} are accepted", param="n"
+            )
         return Answers(
             self.service,
             self.metrics,

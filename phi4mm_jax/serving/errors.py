@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -104,7 +103,8 @@ def _invalid(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     path = _path(first["loc"][1:], body)
     messages = dict.fromkeys(p["msg"] for p in problems if _path(p["loc"][1:], body) == path)
     if not path:
-        return ApiError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object; is Content-Type application/json?")
+        is_object = isinstance(body, Mapping)
+        return ApiError(400, first["msg"] if is_object else "expected a JSON object and Content-Type application/json")
     if first["type"] == "extra_forbidden":
         return refuse(path, "is not a field that this server knows", code="unknown_parameter")
     return refuse(path, "; or ".join(message.removeprefix("Value error, ") for message in messages))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4mm_jax.serving.errors import ApiError
@@ -63,7 +64,8 @@ class Guards:
         )
 
 
-def error_response(error: ApiError, metrics: Metrics) -> JSONResponse:
+def error_response(error: ApiError, metrics: Metrics) -> Response:
     """The answer that tells an error, which is counted."""
     metrics.count_error(error)
-    return JSONResponse(error.body, error.status_code, error.headers)
+    body = json.dumps(error.body)  # ASCII: what is quoted of a request need not be valid Unicode
+    return Response(body, error.status_code, error.headers, media_type="application/json")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.serving.errors import refuse
@@ -107,10 +107,19 @@ _SAMPLING = (
 )
 
 
+def _known_role(message: Any) -> Any:
+    """What OpenAI's newer models call developer is a system message."""
+    is_developer = isinstance(message, dict) and message.get("role") == "developer"
+    return {**message, "role": "system"} if is_developer else message
+
+
+Message = Annotated[dict[str, Any], BeforeValidator(_known_role)]
+
+
 class ChatFields(AnswerFields):
     """A chat completion."""
 
-    messages: list[dict[str, Any]] = Field(
+    messages: list[Message] = Field(
         min_length=1,
         description="Messages of role system (or developer), user, assistant, tool. A user's content is a string, or a "
         "list of parts of type text, image_url, input_audio, audio_url.",
@@ -131,11 +140,6 @@ class ChatFields(AnswerFields):
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
     prediction: Ignored = None
-
-    @property
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages; what OpenAI's newer models call developer is a system message."""
-        return [m | {"role": "system"} if m.get("role") == "developer" else m for m in self.messages]
 
     @property
     def num_logprobs(self) -> int | None:
@@ -210,7 +214,7 @@ class TokenizeFields(Fields):
 
     model: str = "default"
     prompt: str | None = Field(None, description="Text in which control tokens are live.")
-    messages: list[dict[str, Any]] | None = Field(None, description="A conversation, as for chat completions.")
+    messages: list[Message] | None = Field(None, description="A conversation, as for chat completions.")
     tools: list[dict[str, Any]] | None = None
     return_token_strs: bool = False
 

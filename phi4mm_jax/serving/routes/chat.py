@@ -49,7 +49,7 @@ async def chat_completions(fields: ChatFields, request: Request, backend: TheBac
 
 def _prepare(fields: ChatFields, backend: Backend) -> tuple[Prompt, Structure]:
     structure = read_structure(fields, backend.grammars)
-    return backend.processor.conversation(fields.conversation, tools=structure.descriptions), structure
+    return backend.processor.conversation(fields.messages, tools=structure.descriptions), structure
 
 
 class _Parser:

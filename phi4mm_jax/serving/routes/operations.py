@@ -9,7 +9,6 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from phi4mm_jax.serving.backend import TheBackend
-from phi4mm_jax.serving.errors import ApiError
 
 router = APIRouter(tags=["operations"])
 
@@ -21,11 +20,13 @@ async def health() -> dict[str, Any]:
 
 
 @router.get("/ready")
-async def ready(backend: TheBackend) -> dict[str, Any]:
+async def ready(backend: TheBackend, response: Response) -> dict[str, Any]:
     """Says what the server is doing; 503 until its programs are compiled."""
     if not backend.ready:
-        raise ApiError(503, "warming up: programs are being compiled", code="warming_up", headers={"Retry-After": "5"})
-    return {"status": "ready", **dataclasses.asdict(backend.service.load())}
+        response.status_code = 503
+        response.headers["Retry-After"] = "5"
+    status = "ready" if backend.ready else "warming up"
+    return {"status": status, **dataclasses.asdict(backend.service.load())}
 
 
 @router.get("/metrics", response_class=Response)

@@ -1,6 +1,6 @@
 /** The chat page: a conversation with the server, kept in memory. */
 
-import { allow, completed, discardRecording, draft, notify, write } from "./composer.js";
+import { completed, discardRecording, draft, notify, showRunning, write } from "./composer.js";
 import { toPart } from "./media.js";
 import { ServerError, isReady, models, streamAnswer } from "./server.js";
 import { apiKey, model, offerModels, onClosed, openSettings, sampling, systemPrompt } from "./settings.js";
@@ -23,7 +23,6 @@ let editing = null;
 /** Ends the answer that is coming. @type {AbortController | null} */
 let running = null;
 let connecting = false;
-let ready = false;
 
 // --- the server's state ---
 
@@ -31,8 +30,6 @@ let ready = false;
 function showStatus(state, words) {
   $("status").dataset.state = state;
   $("status").textContent = words;
-  ready = state === "ready" || state === "locked";
-  update();
 }
 
 /** Asks until the server is ready. */
@@ -43,17 +40,20 @@ async function connect() {
   connecting = false;
 }
 
-/** Asks once whether the server is ready, and for its models. */
+/** Asks once whether the server is ready, and for its models. @returns {Promise<boolean>} whether asking on is no use */
 async function greet() {
   try {
-    if (!(await isReady())) return showStatus("warming", "The model is warming up");
+    const ready = await isReady();
     offerModels(await models(apiKey()));
-    showStatus("ready", model());
+    if (ready) showStatus("ready", model());
+    else showStatus("warming", "The model is warming up");
+    return ready;
   } catch (error) {
-    if (error.status !== 401) return showStatus("away", "The server cannot be reached");
-    showStatus("locked", "An API key is needed");
+    const locked = error.status === 401;
+    if (locked) showStatus("locked", "An API key is needed");
+    else showStatus("away", "The server cannot be reached");
+    return locked;
   }
-  return ready;
 }
 
 // --- the conversation ---
@@ -68,7 +68,7 @@ function toMessage({ role, text, media }) {
 function request() {
   const messages = turns.filter((turn) => turn.text || turn.media.length).map(toMessage);
   const system = systemPrompt() ? [{ role: "system", content: systemPrompt() }] : [];
-  return { model: model(), messages: [...system, ...messages], ...sampling() };
+  return { model: model() || undefined, messages: [...system, ...messages], ...sampling() };
 }
 
 /** @param {Turn} turn */
@@ -152,7 +152,6 @@ async function send() {
   await completed();
   const { words, media } = draft();
   if (running || !(words.trim() || media.length)) return;
-  if (!ready) return notify("The model is not ready yet. Your message is kept.");
   if (editing) dropFrom(editing.turn);
   editing = null;
   append(question(words.trim(), media));
@@ -209,7 +208,7 @@ function update() {
   $("welcome").hidden = turns.length > 0;
   $("new").disabled = !turns.length;
   $("editing").hidden = !editing;
-  allow({ send: ready, stop: running !== null });
+  showRunning(running !== null);
 }
 
 /** Whether the end of the conversation stays in view as it grows, until the user scrolls up. */

@@ -17,8 +17,8 @@ const recorder = new Recorder();
 let media = [];
 /** Settles when everything attached so far has been read. */
 let attaching = Promise.resolve();
-/** What the conversation allows. */
-let allowed = { send: false, stop: false };
+/** Whether an answer is coming. */
+let running = false;
 
 /** What has been written. @returns {Draft} */
 export const draft = () => ({ words: text.value, media });
@@ -36,9 +36,9 @@ export function write(draft) {
   text.focus();
 }
 
-/** @param {{send: boolean, stop: boolean}} what */
-export function allow(what) {
-  allowed = what;
+/** Offers to stop while an answer is coming. @param {boolean} isRunning */
+export function showRunning(isRunning) {
+  running = isRunning;
   update();
 }
 
@@ -78,9 +78,9 @@ function update() {
   $("recording").hidden = !recording;
   $("record").ariaPressed = String(recording);
   $("record").ariaLabel = $("record").title = recording ? "Finish recording" : "Record speech";
-  $("send").hidden = allowed.stop;
-  $("send").disabled = !allowed.send || !(text.value.trim() || media.length || recording);
-  $("stop").hidden = !allowed.stop;
+  $("send").hidden = running;
+  $("send").disabled = !(text.value.trim() || media.length || recording);
+  $("stop").hidden = !running;
   text.style.height = "auto";
   text.style.height = `${text.scrollHeight}px`;
 }
@@ -108,10 +108,13 @@ let ticking = 0;
 
 async function startRecording() {
   notify("");
+  $("record").disabled = true; // while the browser asks whether it may
   try {
     await recorder.start();
   } catch (error) {
     return notify(error.message);
+  } finally {
+    $("record").disabled = false;
   }
   const start = Date.now();
   ticking = setInterval(() => ($("clock").value = clock((Date.now() - start) / 1000)), 250);

@@ -27,7 +27,6 @@ const INLINE = new RegExp(
  *
  * @param {Element} parent
  * @param {string} text
- * @returns {string[]} sources of the blocks; none but the last will change when text is added
  */
 export function render(parent, text) {
   const blocks = splitBlocks(text);
@@ -38,7 +37,6 @@ export function render(parent, text) {
     old ? old.replaceWith(node) : parent.append(node);
   });
   while (parent.children.length > blocks.length) parent.lastChild.remove();
-  return blocks;
 }
 
 /** @param {string} text */

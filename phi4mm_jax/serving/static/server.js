@@ -1,4 +1,4 @@
-/** What the page says to the server: OpenAI's wire format, addresses relative to the page. */
+/** What the page says to the server: OpenAI's wire format, at addresses relative to the page. */
 
 /**
  * @typedef {{prompt_tokens: number, completion_tokens: number}} Usage
@@ -26,10 +26,11 @@ const BROKEN = "The connection ended before the answer was complete.";
 async function call(path, key, init = {}) {
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...init, headers }).catch((error) => {
-    throw init.signal?.aborted ? error : new ServerError(UNREACHABLE);
+    if (!init.signal?.aborted) throw new ServerError(UNREACHABLE);
+    throw error;
   });
   if (response.ok) return response;
-  const body = await response.json().catch(() => null);
+  const body = await response.json().catch(() => ({}));
   throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`, response.status);
 }
 

@@ -23,7 +23,7 @@ function fromTemplate(id) {
 export function mediumItem({ kind, name, data, seconds }, remove) {
   const item = fromTemplate("medium");
   item.className = kind;
-  if (kind === "image") item.prepend(Object.assign(new Image(), { src: data, alt: name }));
+  if (kind === "image") item.prepend(Object.assign(new Image(), { src: data, alt: name, draggable: false }));
   else {
     item.querySelector(".name").textContent = `${name}, ${clock(seconds)}`;
     item.append(Object.assign(document.createElement("audio"), { src: data, controls: true, ariaLabel: name }));
@@ -47,8 +47,17 @@ export function question(text, media) {
 /** An answer that has not begun. @returns {Turn} */
 export const answer = () => ({ role: "assistant", text: "", media: [], node: fromTemplate("answer") });
 
-/** Shows what an answer's text is by now. @param {Turn} turn @returns {string[]} its blocks, as `render` returns them */
-export const showText = (turn) => render(turn.node.querySelector(".text"), turn.text);
+/**
+ * Shows what an answer's text is by now.
+ *
+ * @param {Turn} turn
+ * @returns {string[]} what its blocks say; none but the last will change when text is added
+ */
+export function showText({ node, text }) {
+  const place = node.querySelector(".text");
+  render(place, text);
+  return [...place.children].map((block) => block.textContent);
+}
 
 /**
  * Shows that an answer has ended.
