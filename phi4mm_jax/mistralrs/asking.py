@@ -1,24 +1,56 @@
-"""Requests of mistral.rs as this project's: how each choice is drawn, and from which prompt."""
+"""Requests of mistral.rs as this project's: the conversation, how each choice is drawn, and what is submitted."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.mistralrs.requests import ChatCompletionRequest, CompletionRequest
+from phi4mm_jax.processing.chat import TAG, Kind, tag_kind
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.limits import RequestError, answer_limit, check_length
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.service import Request
 
+Message = Mapping[str, Any]
 AnyRequest = ChatCompletionRequest | CompletionRequest
 _SAME_NAME = (
     *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("logit_bias", "max_tokens"),
 )
+
+
+def conversation(messages: Sequence[Message] | str) -> Sequence[Message]:
+    """The messages of a request; a string is a user's message.
+
+    Where a message does not say with tags where its media stand, they stand before its text, pictures before
+    recordings, as mistral.rs has it and the model was trained.
+    """
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence):
+        return messages  # whoever reads it says what is wrong
+    return [_with_tags(message) if isinstance(message, Mapping) else message for message in messages]
+
+
+def _with_tags(message: Message) -> Message:
+    """The message with a tag for each medium of a kind that its text has no tag of."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, Mapping) for part in content):
+        return message
+    given = {tag_kind(tag) for part in content for tag in TAG.findall(str(part.get("text")))}
+    tags = ""
+    for kind in (kind for kind in get_args(Kind) if kind not in given):
+        media = [part for part in content if kind in str(part.get("type"))]
+        tags += "".join(f"<|{kind}_{i + 1}|>" for i in range(len(media)))
+    if not tags:
+        return message
+    first = next((i for i, part in enumerate(content) if isinstance(part.get("text"), str)), len(content))
+    text = content[first]["text"] if first < len(content) else ""
+    return {**message, "content": [*content[:first], {"type": "text", "text": tags + text}, *content[first + 1 :]]}
 
 
 def how_to_draw(request: AnyRequest, logprobs: int | None, seeds: random.Random | None) -> list[SamplingParams]:

@@ -15,7 +15,7 @@ from phi4mm_jax.api import Phi4MM, runtime_config
 from phi4mm_jax.config import ConfigError, ModelConfig, quantization_settings
 from phi4mm_jax.mistralrs.absent import AbsentMethods, refuse
 from phi4mm_jax.mistralrs.answering import chat_chunks, chat_response, completion_response
-from phi4mm_jax.mistralrs.asking import at_least_one, how_to_draw, to_answer
+from phi4mm_jax.mistralrs.asking import at_least_one, conversation, how_to_draw, to_answer
 from phi4mm_jax.mistralrs.requests import ChatCompletionRequest, CompletionRequest
 from phi4mm_jax.mistralrs.responses import ChatCompletionChunkResponse, ChatCompletionResponse, CompletionResponse
 from phi4mm_jax.mistralrs.which import Which
@@ -141,10 +141,8 @@ class Runner(AbsentMethods):
         logprobs = (1 if request.top_logprobs is None else request.top_logprobs) if request.logprobs else None
         choices = how_to_draw(request, logprobs, self._seeds)
         model = self._get(model_id)
-        messages = request.messages
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        asked = to_answer(model, model.processor.conversation(messages), request, choices)
+        prompt = model.processor.conversation(conversation(request.messages))
+        asked = to_answer(model, prompt, request, choices)
         if request.stream:
             return chat_chunks(model, asked, self._head())
         return chat_response(model, model.service.outputs(asked), self._head())
@@ -264,7 +262,7 @@ class Runner(AbsentMethods):
 
     def _check_layers(self, num_device_layers: Sequence[str]) -> None:
         directory = resolve(self._which.model_id, token=self._token, weights=False)
-        layers = ModelConfig.from_checkpoint(directory).text.num_hidden_layers
+        layers = ModelConfig.from_checkpoint(directory).text.num_layers
         number = num_device_layers[0].removeprefix("0:") if len(num_device_layers) == 1 else ""
         if not (number.isdecimal() and int(number) >= layers):
             refuse("Runner", num_device_layers=num_device_layers)
