@@ -170,10 +170,10 @@ class Phi4MM:
         self.service = self.weights = None  # what has been quantized is not kept
         try:
             calibrate(self.steps, leaves, prompts, runtime.quantization, self._progress)
+            self.steps = Steps(self.steps.model, runtime, self.steps.mesh)
         finally:
             self.weights = self.steps.pack(leaves)
-        self.steps = Steps(self.steps.model, runtime, self.steps.mesh)
-        self.service = self._new_service()
+            self.service = self._new_service()
 
     def save_pretrained(self, path: str | Path, *, storage: Storage = "orbax") -> None:
         """Saves the model as it lies in memory, quantized or not; `from_pretrained(path)` only has to read it.

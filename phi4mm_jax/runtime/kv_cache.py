@@ -71,6 +71,46 @@ def decode_attend(
     return attend
 
 
+_COPIED = 256
+"""Positions that `copy_row` copies at a time."""
+
+
+def copy_row(cache: KV, source: jax.Array, target: jax.Array, length: jax.Array) -> KV:
+    """Copies the first `length` positions of one row to another; all three are int32 scalars."""
+
+    def copy(array: jax.Array) -> jax.Array:
+        block = min(_COPIED, array.shape[2])
+        sizes = (1, array.shape[1], block, *array.shape[3:])
+
+        def copy_block(i: jax.Array, array: jax.Array) -> jax.Array:
+            at = [jnp.zeros((), jnp.int32)] * array.ndim
+            at[0], at[2] = source, i * block
+            part = jax.lax.dynamic_slice(array, at, sizes)
+            at[0] = target
+            return jax.lax.dynamic_update_slice(array, part, at)
+
+        return jax.lax.fori_loop(0, (length + block - 1) // block, copy_block, array)
+
+    return jax.tree.map(copy, cache)
+
+
+def resize(cache: KV, rows: jax.Array, length: int) -> KV:
+    """The rows [B] int32 of a cache, -1 for an empty one, with `length` positions."""
+
+    def fit(array: jax.Array) -> jax.Array:
+        kept = take_rows(array, rows)[:, :, :length]
+        return jnp.pad(kept, [(0, length - kept.shape[2] if axis == 2 else 0) for axis in range(kept.ndim)])
+
+    return jax.tree.map(fit, cache)
+
+
+def take_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows [B] int32 of an array, zeros for a row of -1."""
+    taken = jnp.take(array, jnp.maximum(rows, 0), axis=0)
+    is_row = (rows >= 0).reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.where(is_row, taken, jnp.zeros_like(taken))
+
+
 def _write(cache: KV, new: jax.Array, slots: jax.Array, starts: jax.Array) -> KV:
     """Stores new [R, T, K, H] at (slots[r], starts[r]) of cache [B, K, S, H]."""
     encoded = encode(new.transpose(0, 2, 1, 3), cache.dtype)

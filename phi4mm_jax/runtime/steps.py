@@ -25,7 +25,15 @@ from pallas_kernels.quantized import quantize
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
-from phi4mm_jax.runtime.kv_cache import LayerCache, cache_shapes, decode_attend, prefill_attend
+from phi4mm_jax.runtime.kv_cache import (
+    LayerCache,
+    cache_shapes,
+    copy_row,
+    decode_attend,
+    prefill_attend,
+    resize,
+    take_rows,
+)
 from phi4mm_jax.runtime.mesh import RULES, replicated, sharding
 from phi4mm_jax.runtime.sampling import Logprobs, SamplingKind, SamplingState, sample
 
@@ -94,6 +102,8 @@ class Steps:
         self.install = self._compile(self._install, donate=(0,))
         self.begin = self._compile(self._begin, donate=(1,), static=("kind",))
         self.decode = self._compile(self._decode, donate=(1,), static=("kind",))
+        self.copy_row = self._compile(self._copy_row, donate=(0,))
+        self.resize = compile_step(self._resize, static=("batch", "length"))
         self._zeros = jax.jit(self._zeros_like, static_argnames=("batch", "length"))
 
     def _compile(self, step: Any, donate: tuple[int, ...], static: tuple[str, ...] = ()) -> Any:
@@ -156,6 +166,20 @@ class Steps:
     def _zeros_like(self, batch: int, length: int) -> DecodeState:
         shapes = self.state_shapes(batch, length)
         return jax.tree.map(lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding), shapes)
+
+    def _copy_row(
+        self, caches: list[LayerCache], source: jax.Array, target: jax.Array, length: jax.Array
+    ) -> list[LayerCache]:
+        """Copies the first `length` positions of cache row `source` to row `target`."""
+        return [(copy_row(k, source, target, length), copy_row(v, source, target, length)) for k, v in caches]
+
+    def _resize(self, state: DecodeState, rows: jax.Array, batch: int, length: int) -> DecodeState:
+        """The rows [batch] int32 of a state, -1 for an empty one, with `length` cache positions."""
+        caches = [(resize(k, rows, length), resize(v, rows, length)) for k, v in state.caches]
+        others = jax.tree.map(lambda a: take_rows(a, rows), dataclasses.replace(state, caches=[]))
+        shapes = self.state_shapes(batch, length)
+        resized = dataclasses.replace(others, caches=caches)
+        return jax.tree.map(lambda a, s: jax.lax.with_sharding_constraint(a, s.sharding), resized, shapes)
 
     # --- encoders --------------------------------------------------------------------------------------------
 
@@ -268,11 +292,12 @@ class Steps:
         lengths: jax.Array,  # [R] int32: prompt length
         use_long: jax.Array,  # [R] bool
         kind: SamplingKind,
+        allowed: jax.Array | None = None,  # [R, V / 32] uint32: as in `sample`
     ) -> tuple[DecodeState, Drawn]:
         """Draws the token after a prefill and lets the rows decode."""
         logits = self._towers["text"].merge(leaves).embed.attend(hidden)
         rows = jax.tree.map(lambda a: a[slots], state.sampling)
-        tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind)
+        tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind, allowed)
 
         def put(target: jax.Array, new: jax.Array) -> jax.Array:
             return target.at[slots].set(new, mode="drop")
@@ -292,14 +317,15 @@ class Steps:
         leaves: Leaves,
         state: DecodeState,
         keep: jax.Array,  # [B] bool: rows that the host has not ended
-        steps: jax.Array,  # int32: at most this many steps now
+        steps: jax.Array,  # [B] int32: at most this many steps now
         adapters: RowAdapters,
         kind: SamplingKind,
+        allowed: jax.Array | None = None,  # [B, V / 32] uint32: as in `sample`
     ) -> tuple[DecodeState, Drawn]:
         """Decodes up to `steps` tokens of every active row, or until no row can go on.
 
         A row under the short rope factors that has filled their range sits out until the host has rebuilt it under
-        the long ones.
+        the long ones. A row with tokens that are not allowed takes one step, since the next ones depend on its token.
         """
         text = self._towers["text"].merge(leaves)
         short_range = self.model.text.original_max_position_embeddings
@@ -307,20 +333,23 @@ class Steps:
         batch = state.tokens.shape[0]
         width = max(self.runtime.engine.decode_steps, self.runtime.engine.stream_steps)
 
-        def running(state: DecodeState) -> jax.Array:
-            return state.active & (state.use_long | (state.lengths < short_range))
+        limits = jnp.minimum(steps, width)
+
+        def running(step: jax.Array, state: DecodeState) -> jax.Array:
+            return state.active & (step < limits) & (state.use_long | (state.lengths < short_range))
 
         def go_on(carry: tuple[jax.Array, DecodeState, Drawn]) -> jax.Array:
             step, state, _ = carry
-            return (step < jnp.minimum(steps, width)) & jnp.any(running(state))
+            return jnp.any(running(step, state))
 
         def advance(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
             step, state, drawn = carry
-            runs = running(state)
+            runs = running(step, state)
             x = text.embed.encode(state.tokens[:, None], self.activation_dtype)
             attend = decode_attend(state.lengths, runs, scale=self._attention_scale)
             hidden, caches = text(x, state.lengths[:, None], state.use_long, adapters, attend, state.caches)
-            tokens, goes_on, logprobs, sampling = sample(text.embed.attend(hidden[:, 0]), state.sampling, runs, kind)
+            logits = text.embed.attend(hidden[:, 0])
+            tokens, goes_on, logprobs, sampling = sample(logits, state.sampling, runs, kind, allowed)
             new = Drawn(jnp.where(runs, tokens, -1), logprobs)
             drawn = jax.tree.map(
                 lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], step, axis=1),
