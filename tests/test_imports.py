@@ -30,6 +30,7 @@ RULES: dict[str, set[str]] = {
         *("jax", "flax", *_NUMERIC, "huggingface_hub", "orbax", "safetensors", "tqdm"),
         *("phi4mm_jax.config", "phi4mm_jax.models"),
     },
+    "phi4mm_jax.serving": {"llguidance", "numpy", "phi4mm_jax.processing"},
     "phi4mm_jax.runtime": {
         *("jax", "flax", *_NUMERIC),
         *("phi4mm_jax.config", "phi4mm_jax.models", "phi4mm_jax.weights", "pallas_kernels"),
