@@ -31,6 +31,10 @@ RULES: dict[str, set[str]] = {
         *("phi4mm_jax.config", "phi4mm_jax.models"),
     },
     "phi4mm_jax.serving": {"llguidance", "numpy", "phi4mm_jax.processing"},
+    "phi4mm_jax.mistralrs": {
+        *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime"),
+        *("phi4mm_jax.service", "phi4mm_jax.serving", "phi4mm_jax.weights"),
+    },
     "phi4mm_jax.runtime": {
         *("jax", "flax", *_NUMERIC),
         *("phi4mm_jax.config", "phi4mm_jax.models", "phi4mm_jax.weights", "pallas_kernels"),

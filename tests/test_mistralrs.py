@@ -4,7 +4,9 @@ import base64
 import dataclasses
 import inspect
 import itertools
+import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from phi4mm_jax.mistralrs import (
     ModelDType,
     MultimodalArchitecture,
     Runner,
+    ToolChoice,
     VisionArchitecture,
     Which,
 )
@@ -33,7 +36,8 @@ DEMO = Path(demo.__file__).parent / "assets" / "demo"
 QUESTION = "What is 21 plus 84?"
 NANO = Which.MultimodalPlain(model_id="nano", arch=MultimodalArchitecture.Phi4MM, dtype=ModelDType.F32)
 
-# The stub of mistralrs 0.9.5: what stands here is what is called and how, with the defaults.
+# The stub of mistralrs 0.9.5: what stands here is what is called and how, with the defaults. The usage has
+# prompt_tokens_details as it really has it, which the stub leaves out.
 STUB = """
 ChatCompletionRequest: messages model logprobs=False n_choices=1 logit_bias=None top_logprobs=None max_tokens=None
     presence_penalty=None frequency_penalty=None repetition_penalty=None stop_seqs=None temperature=None top_p=None
@@ -92,8 +96,8 @@ Runner.import_session: self session_id session_json model_id=None
 Runner.delete_session: self session_id model_id=None
 Runner.list_session_ids: self model_id=None
 Runner.find_file: self file_id
-Usage: completion_tokens prompt_tokens total_tokens avg_tok_per_sec avg_prompt_tok_per_sec avg_compl_tok_per_sec
-    total_time_sec total_prompt_time_sec total_completion_time_sec
+Usage: completion_tokens prompt_tokens total_tokens prompt_tokens_details avg_tok_per_sec avg_prompt_tok_per_sec
+    avg_compl_tok_per_sec total_time_sec total_prompt_time_sec total_completion_time_sec
 CalledFunction: name arguments
 ToolCallResponse: index id tp function
 ResponseMessage: content role tool_calls reasoning_content=None
@@ -442,6 +446,7 @@ def test_threads_are_batched(runner: Runner) -> None:
 def test_usage(runner: Runner) -> None:
     ask(runner)
     usage = ask(runner).usage
+    assert usage.prompt_tokens_details.cached_tokens == 12
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (13, 4, 17)
     assert 0 < usage.total_completion_time_sec < usage.total_time_sec < 60
     assert 0 < usage.total_prompt_time_sec < usage.total_time_sec
@@ -492,6 +497,116 @@ def test_truncation(runner: Runner) -> None:
     assert complete(runner, truncate_sequence=True).choices[0].text == "105"
     with pytest.raises(RequestError, match="media, which stay whole"):
         ask(runner, [image(DEMO / "002-0.png"), text("one two " * 1500)], truncate_sequence=True)
+
+
+# --- grammars and tools --------------------------------------------------------------------------------------
+
+ADDRESS = {"type": "object", "properties": {"zip": {"enum": [7]}}, "required": ["zip"], "additionalProperties": False}
+CALL = r"""
+start: <|tool_call|> "[{\"name\": \"add\", \"arguments\": {\"a\": 21, \"b\": " /[0-9]{2}/ "}}]" <|/tool_call|>
+"""
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "grammar", "expected"),
+    [
+        ("regex", "[a-z]{3}7", "[a-z]{3}7"),
+        ("lark", 'start: "yes" | "no"', "yes|no"),
+        ("json_schema", json.dumps(ADDRESS), r'\{\s*"zip"\s*:\s*7\s*\}'),
+        (
+            "llguidance",
+            json.dumps(
+                {"grammars": [{"lark_grammar": 'start: "It is " @a'}, {"name": "a", "json_schema": {"enum": [7]}}]}
+            ),
+            "It is 7",
+        ),
+    ],
+)
+def test_grammars(runner: Runner, kind: str, grammar: str, expected: str) -> None:
+    settings = {"grammar": grammar, "grammar_type": kind, "max_tokens": 40}
+    response = ask(runner, temperature=3.0, n_choices=2, **settings)
+    assert [re.fullmatch(expected, choice.message.content) is None for choice in response.choices] == [False] * 2
+    assert re.fullmatch(expected, complete(runner, **settings).choices[0].text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grammar": "a"}, "grammar_type = None: expected regex, lark, json_schema, llguidance"),
+        ({"grammar": "a", "grammar_type": "yacc"}, "grammar_type = 'yacc'"),
+        ({"grammar_type": "regex"}, "grammar: expected a string, as there is a grammar_type"),
+        ({"grammar": "(", "grammar_type": "regex"}, "grammar: "),
+        ({"grammar": "{", "grammar_type": "json_schema"}, "grammar: not valid JSON"),
+        ({"grammar": "[" * 100_000, "grammar_type": "json_schema"}, "grammar: not JSON that can be read"),
+        ({"grammar": "{}", "grammar_type": "llguidance"}, 'grammar: expected {"grammars"'),
+        ({"grammar": '{"grammars": 7}', "grammar_type": "llguidance"}, 'grammar: expected {"grammars"'),
+        (
+            {"grammar": '{"grammars": [{"lark_grammar": "a"}, {"name": [], "json_schema": {}}]}'}
+            | {"grammar_type": "llguidance"},
+            r"grammar: grammars\[1\].name: expected a string",
+        ),
+        ({"tool_schemas": "{}"}, "tool_schemas: expected a list"),
+        ({"tool_schemas": ["{"]}, r"tool_schemas\[0\]: expected a string of JSON"),
+        ({"tool_schemas": [{}]}, r"tool_schemas\[0\]: expected a string of JSON"),
+        ({"tool_schemas": ["{}"]}, r"tools\[0\]\.function: expected a mapping"),
+    ],
+)
+def test_bad_grammars_and_tools(runner: Runner, settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(runner, **settings)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls(runner: Runner, stream: bool) -> None:
+    tools = {"tool_schemas": [json.dumps(TOOL)], "tool_choice": ToolChoice.Auto}
+    settings = {"grammar": CALL, "grammar_type": "lark", "max_tokens": 80, "stream": stream} | tools
+    response = ask(runner, **settings)
+    if stream:
+        *before, last = [chunk.choices[0] for chunk in response]
+        assert {(choice.delta.content, choice.delta.tool_calls) for choice in before} == {("", None)}
+        message = last.delta
+    else:
+        (last,) = response.choices
+        message = last.message
+        assert message.content is None
+    (call,) = message.tool_calls
+    assert last.finish_reason == "tool_calls"
+    assert (call.index, call.function.name, call.tp) == (0, "add", mistralrs.ToolCallType.Function)
+    assert call.id.startswith("call_")
+    arguments = json.loads(call.function.arguments)
+    assert arguments["a"] == 21
+
+
+def test_a_result_goes_back_as_scripts_do_it(runner: Runner) -> None:
+    call = json.dumps({"name": "add", "parameters": {"a": 21, "b": 84}})
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": call},
+        {"role": "tool", "content": "105"},
+    ]
+    request = ChatCompletionRequest(messages, "", tool_schemas=[json.dumps(TOOL)], temperature=0, max_tokens=4)
+    response = runner.send_chat_completion_request(request)
+    tools = f"<|tool|>{json.dumps([TOOL['function']])}<|/tool|>"
+    turns = ("system", tools), ("user", QUESTION), ("assistant", call), ("tool", "105")
+    prompt = "".join(f"<|{role}|>{content}<|end|>" for role, content in turns) + "<|assistant|>"
+    assert response.usage.prompt_tokens == len(runner.tokenize_text(prompt, True, None))
+    assert response.choices[0].message.tool_calls is None
+
+
+def test_no_tool_is_called_where_none_may_be(runner: Runner) -> None:
+    tools = {"tool_schemas": [json.dumps(TOOL)], "tool_choice": ToolChoice.NoTools}
+    choice = ask(runner, grammar=CALL, grammar_type="lark", max_tokens=80, **tools).choices[0]
+    assert choice.message.content.startswith('<|tool_call|>[{"name": "add"')
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+
+
+def test_a_call_that_is_cut_off_says_so(runner: Runner) -> None:
+    settings = {"grammar": CALL, "grammar_type": "lark", "tool_schemas": [json.dumps(TOOL)]}
+    whole = ask(runner, max_tokens=80, **settings).usage.completion_tokens
+    choice = ask(runner, max_tokens=whole - 5, **settings).choices[0]
+    assert choice.finish_reason == "length"
+    assert choice.message.tool_calls[0].function.arguments.startswith('{"a": 21')
 
 
 # --- the model -----------------------------------------------------------------------------------------------
@@ -686,10 +801,15 @@ def test_a_runner_needs_a_model() -> None:
         Runner(NANO, in_situ_quant="Q7")
     with pytest.raises(ValueError, match="max_seqs = 0"):
         Runner(NANO, max_seqs=0)
+    with pytest.raises(ValueError, match="prefix_cache_n = -1"):
+        Runner(NANO, prefix_cache_n=-1)
+    with pytest.raises(TypeError, match="tool_choice = 'auto': expected a ToolChoice"):
+        ChatCompletionRequest(messages="a", model="", tool_choice="auto")
 
 
-def test_limits_that_hold_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = Runner(NANO, max_seqs=2, num_device_layers=["500"], no_paged_attn=True, seed=3)
-    assert runner._model.steps.runtime.engine.max_batch == 2
+def test_settings_of_the_engine() -> None:
+    runner = Runner(NANO, max_seqs=2, prefix_cache_n=0, num_device_layers=["500"], no_paged_attn=True, seed=3)
+    engine = runner._model.steps.runtime.engine
+    assert (engine.max_batch, engine.prefix_cache) == (2, False)
     drawn = ask(runner, "Say a word.", temperature=4.0)
     assert said(ask(Runner(NANO, seed=3), "Say a word.", temperature=4.0)) == said(drawn)

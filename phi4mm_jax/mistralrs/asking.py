@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.mistralrs.requests import ChatCompletionRequest, CompletionRequest
@@ -14,6 +14,9 @@ from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.limits import RequestError, answer_limit, check_length
 from phi4mm_jax.runtime.sampling import SamplingError, SamplingParams
 from phi4mm_jax.service import Request
+
+if TYPE_CHECKING:
+    from phi4mm_jax.serving.grammar import Grammar
 
 Message = Mapping[str, Any]
 AnyRequest = ChatCompletionRequest | CompletionRequest
@@ -67,22 +70,24 @@ def how_to_draw(request: AnyRequest, logprobs: int | None, seeds: random.Random 
     given = {name: getattr(request, name) for name in _SAME_NAME} | {"stop": request.stop_seqs}
     settings = {"temperature": 1.0} | {name: value for name, value in given.items() if value is not None}
     settings |= {"logprobs": logprobs, "ignore_eos": request.ignore_eos}
-    choices = range(at_least_one("n_choices", request.n_choices))
+    choices = range(at_least(1, "n_choices", request.n_choices))
     return [SamplingParams(seed=seeds.getrandbits(63) if seeds else None, **settings) for _ in choices]
 
 
-def at_least_one(name: str, value: Any) -> int:
+def at_least(least: int, name: str, value: Any) -> int:
     """Checks a number of things.
 
     Raises:
-      SamplingError: it is none.
+      SamplingError: it is none, or less.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SamplingError(f"{name} = {value!r}: expected an integer of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SamplingError(f"{name} = {value!r}: expected an integer of at least {least}")
     return value
 
 
-def to_answer(model: Phi4MM, prompt: Prompt, request: AnyRequest, choices: Sequence[SamplingParams]) -> list[Request]:
+def to_answer(
+    model: Phi4MM, prompt: Prompt, request: AnyRequest, choices: Sequence[SamplingParams], grammar: Grammar | None
+) -> list[Request]:
     """One request per choice, once they are known to fit the context.
 
     Raises:
@@ -93,7 +98,10 @@ def to_answer(model: Phi4MM, prompt: Prompt, request: AnyRequest, choices: Seque
     for params in choices:
         answer_limit(model.steps, prompt, params)
     streaming = isinstance(request, ChatCompletionRequest) and request.stream
-    return [Request(prompt=prompt, params=params, streaming=streaming) for params in choices]
+    return [
+        Request(prompt=prompt, params=params, constraint=grammar and grammar.constraint(), streaming=streaming)
+        for params in choices
+    ]
 
 
 def _truncated(prompt: Prompt, limit: int, max_tokens: int) -> Prompt:

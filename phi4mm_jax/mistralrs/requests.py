@@ -60,9 +60,12 @@ class ChatCompletionRequest:
     top_k: int | None = None
     stream: bool = False
     grammar: str | None = None
+    """What the answer must match."""
     grammar_type: str | None = None
+    """What it is: "regex", "lark", "json_schema" or "llguidance"."""
     min_p: float | None = None
     tool_schemas: Sequence[str] | None = None
+    """Tools as in the OpenAI API, each as JSON."""
     tool_choice: ToolChoice | None = None
     dry_multiplier: float | None = None
     dry_base: float | None = None
@@ -88,6 +91,8 @@ class ChatCompletionRequest:
     adapter: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tool_choice, ToolChoice | None):
+            raise TypeError(f"tool_choice = {self.tool_choice!r}: expected a ToolChoice")
         effort = self.reasoning_effort
         thinks = effort is not None and effort.strip().lower() not in ("off", "none")
         _refuse(self, *_NOT_IN_CHAT, reasoning_effort=effort if thinks else None)
@@ -124,7 +129,9 @@ class CompletionRequest:
     """Ends the text; the model does not see it."""
     top_k: int | None = None
     grammar: str | None = None
+    """What the answer must match."""
     grammar_type: str | None = None
+    """What it is: "regex", "lark", "json_schema" or "llguidance"."""
     min_p: float | None = None
     tool_schemas: Sequence[str] | None = None
     tool_choice: ToolChoice | None = None

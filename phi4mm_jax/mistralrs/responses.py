@@ -13,12 +13,21 @@ from phi4mm_jax.runtime.engine import TokenLogprob
 
 
 @dataclasses.dataclass
+class PromptTokensDetails:
+    """What became of the prompt."""
+
+    cached_tokens: int
+    """Tokens that earlier requests had left in the cache."""
+
+
+@dataclasses.dataclass
 class Usage:
     """What an answer cost; with several choices, all of them together."""
 
     completion_tokens: int
     prompt_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None
     avg_tok_per_sec: float
     avg_prompt_tok_per_sec: float
     avg_compl_tok_per_sec: float
@@ -33,6 +42,7 @@ class Usage:
     def of(cls, choices: Sequence[answer.Usage]) -> Self:
         """The usage of an answer's choices, which have one prompt."""
         prompt, completion = choices[0].prompt_tokens, sum(usage.completion_tokens for usage in choices)
+        cached = choices[0].cached_tokens
         total_time = max(usage.seconds for usage in choices)
         prompt_speed = choices[0].prefill_tokens_per_second
         completion_time = max(usage.seconds - usage.time_to_first_token for usage in choices)
@@ -40,6 +50,7 @@ class Usage:
             completion_tokens=completion,
             prompt_tokens=prompt,
             total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached) if cached else None,
             avg_tok_per_sec=_ratio(prompt + completion, total_time),
             avg_prompt_tok_per_sec=prompt_speed,
             avg_compl_tok_per_sec=_ratio(completion, completion_time),

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4mm_jax.api import Phi4MM, runtime_config
-from phi4mm_jax.config import ConfigError, ModelConfig, quantization_settings
+from phi4mm_jax.config import ConfigError, quantization_settings
 from phi4mm_jax.mistralrs.absent import AbsentMethods, refuse
 from phi4mm_jax.mistralrs.answering import chat_chunks, chat_response, completion_response
-from phi4mm_jax.mistralrs.asking import at_least_one, conversation, how_to_draw, to_answer
-from phi4mm_jax.mistralrs.requests import ChatCompletionRequest, CompletionRequest
+from phi4mm_jax.mistralrs.asking import at_least, conversation, how_to_draw, to_answer
+from phi4mm_jax.mistralrs.loading import check_layers, read_token
+from phi4mm_jax.mistralrs.requests import ChatCompletionRequest, CompletionRequest, ToolChoice
 from phi4mm_jax.mistralrs.responses import ChatCompletionChunkResponse, ChatCompletionResponse, CompletionResponse
+from phi4mm_jax.mistralrs.structure import read_grammar, read_tool_schemas
 from phi4mm_jax.mistralrs.which import Which
 from phi4mm_jax.runtime.limits import check_length
-from phi4mm_jax.weights.hub import resolve
+
+if TYPE_CHECKING:
+    from phi4mm_jax.serving.grammar import Grammars  # needs llguidance
 
 
 class Runner(AbsentMethods):
@@ -60,7 +63,7 @@ class Runner(AbsentMethods):
           which: the model.
           max_seqs: most requests that are answered at a time; the device's preset may say less.
           no_kv_cache: not here.
-          prefix_cache_n: 0 keeps nothing of past requests.
+          prefix_cache_n: 0 uses nothing of past requests; otherwise those whose rows of the cache are free are kept.
           token_source: where the hub's token is: "literal:TOKEN", "env:NAME", "path:FILE", "cache" or "none".
           mtp_model: not here, nor are the others that are not described.
           mtp_n_predict: see there.
@@ -110,10 +113,12 @@ class Runner(AbsentMethods):
         )
         if not isinstance(which, (Which.Plain, Which.MultimodalPlain)):
             raise TypeError(f"which = {which!r}: expected Which.MultimodalPlain(...) or Which.Plain(...)")
-        self._which, self._token = which, _token(token_source)
-        self._max_seqs, self._quantize = at_least_one("max_seqs", max_seqs), in_situ_quant
+        self._which, self._token = which, read_token(token_source)
+        self._quantize = in_situ_quant
+        self._max_seqs = at_least(1, "max_seqs", max_seqs)
+        self._prefix_cache = at_least(0, "prefix_cache_n", prefix_cache_n) > 0
         if num_device_layers is not None:
-            self._check_layers(num_device_layers)
+            check_layers(which.model_id, self._token, num_device_layers)
         self._seeds = None if seed is None else random.Random(seed)
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -140,19 +145,24 @@ class Runner(AbsentMethods):
         """
         logprobs = (1 if request.top_logprobs is None else request.top_logprobs) if request.logprobs else None
         choices = how_to_draw(request, logprobs, self._seeds)
+        schemas, tools = read_tool_schemas(request.tool_schemas)
+        if request.tool_choice is ToolChoice.NoTools:
+            tools = ()
         model = self._get(model_id)
-        prompt = model.processor.conversation(conversation(request.messages))
-        asked = to_answer(model, prompt, request, choices)
+        grammar = read_grammar(request, lambda: self._grammars)
+        prompt = model.processor.conversation(conversation(request.messages), tools=schemas)
+        asked = to_answer(model, prompt, request, choices, grammar)
         if request.stream:
-            return chat_chunks(model, asked, self._head())
-        return chat_response(model, model.service.outputs(asked), self._head())
+            return chat_chunks(model, asked, tools, self._head())
+        return chat_response(model, model.service.outputs(asked), tools, self._head())
 
     def send_completion_request(self, request: CompletionRequest, model_id: str | None = None) -> CompletionResponse:
         """Continues a raw prompt. Arguments and errors are those of `send_chat_completion_request`."""
-        kept = None if request.best_of is None else at_least_one("best_of", request.best_of)
+        kept = None if request.best_of is None else at_least(1, "best_of", request.best_of)
         choices = how_to_draw(request, None if kept is None or request.n_choices == 1 else 0, self._seeds)
         model = self._get(model_id)
-        asked = to_answer(model, model.processor.raw(request.prompt), request, choices)
+        grammar = read_grammar(request, lambda: self._grammars)
+        asked = to_answer(model, model.processor.raw(request.prompt), request, choices, grammar)
         return completion_response(request, model.service.outputs(asked), kept, self._head())
 
     def send_chat_completion_request_to_model(
@@ -246,7 +256,8 @@ class Runner(AbsentMethods):
 
     def _load(self) -> Phi4MM:
         runtime = runtime_config("auto", self._which.dtype.value, self._quantize)
-        runtime = runtime.override(engine={"max_batch": min(self._max_seqs, runtime.engine.max_batch)})
+        rows = min(self._max_seqs, runtime.engine.max_batch)
+        runtime = runtime.override(engine={"max_batch": rows, "prefix_cache": self._prefix_cache})
         return Phi4MM.from_pretrained(self._which.model_id, config=runtime, token=self._token, progress=False)
 
     def _get(self, model_id: str | None) -> Phi4MM:
@@ -256,16 +267,16 @@ class Runner(AbsentMethods):
             self._model = self._model or self._load()
             return self._model
 
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        from phi4mm_jax.serving.grammar import Grammars
+
+        model = self._get(None)
+        return Grammars(model.processor.tokenizer, model.steps.model.text.vocab_size, model.steps.model.tokens.eos)
+
     def _check_id(self, model_id: str) -> None:
         if model_id != self._which.model_id:
             raise ValueError(f"model_id = {model_id!r}: no such model; there is {self._which.model_id!r}")
-
-    def _check_layers(self, num_device_layers: Sequence[str]) -> None:
-        directory = resolve(self._which.model_id, token=self._token, weights=False)
-        layers = ModelConfig.from_checkpoint(directory).text.num_layers
-        number = num_device_layers[0].removeprefix("0:") if len(num_device_layers) == 1 else ""
-        if not (number.isdecimal() and int(number) >= layers):
-            refuse("Runner", num_device_layers=num_device_layers)
 
     def _head(self) -> dict[str, Any]:
         """What a response begins with."""
@@ -275,27 +286,3 @@ class Runner(AbsentMethods):
             "model": self._which.model_id,
             "system_fingerprint": "local",
         }
-
-
-def _token(source: str) -> str | bool | None:
-    """The hub's token, as huggingface_hub takes it.
-
-    Raises:
-      ConfigError: there is none where `source` says, or `source` says nothing.
-    """
-    kind, colon, where = source.partition(":")
-    try:
-        match kind:
-            case "cache" | "none" if not colon:
-                return None if kind == "cache" else False
-            case "literal" if where:
-                return where
-            case "env":
-                return os.environ[where]
-            case "path":
-                return Path(where).read_text(encoding="utf-8").strip()
-    except KeyError:
-        raise ConfigError(f"token_source: the environment has no {where!r}") from None
-    except OSError as error:
-        raise ConfigError(f"token_source: {where} cannot be read ({error.strerror})") from None
-    raise ConfigError("token_source: expected 'literal:TOKEN', 'env:NAME', 'path:FILE', 'cache' or 'none'")
