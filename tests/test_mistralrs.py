@@ -536,6 +536,7 @@ def test_grammars(runner: Runner, kind: str, grammar: str, expected: str) -> Non
         ({"grammar": "a", "grammar_type": "yacc"}, "grammar_type = 'yacc'"),
         ({"grammar_type": "regex"}, "grammar: expected a string, as there is a grammar_type"),
         ({"grammar": "(", "grammar_type": "regex"}, "grammar: "),
+        ({"grammar": "a", "grammar_type": "regex", "ignore_eos": True}, "ignore_eos: does not go with a grammar"),
         ({"grammar": "{", "grammar_type": "json_schema"}, "grammar: not valid JSON"),
         ({"grammar": "[" * 100_000, "grammar_type": "json_schema"}, "grammar: not JSON that can be read"),
         ({"grammar": "{}", "grammar_type": "llguidance"}, 'grammar: expected {"grammars"'),

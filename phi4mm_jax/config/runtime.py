@@ -79,6 +79,9 @@ class EngineConfig(Settings):
     """The same while a caller is streaming."""
     stream_chunk: int = 256
     """Longest chunk of a prompt while callers are streaming, whose tokens wait for it."""
+    guessed_tokens: int = 0
+    """Tokens that each decode step checks beyond the next one, guessed from what stands earlier in the sequence:
+    answers that quote come sooner, and none comes out otherwise."""
     prefill_block: int = 256
     """Query and key block of the blockwise prefill attention."""
     prefix_cache: bool = True
@@ -99,7 +102,7 @@ class EngineConfig(Settings):
                 raise wrong(name, list(getattr(self, name)), "must begin with 1")
         if any(frames % 8 for frames in self.audio_buckets):
             raise wrong("audio_buckets", list(self.audio_buckets), "expected multiples of 8")
-        for name in ("prefill_call_cost", "media_cache_mib"):
+        for name in ("prefill_call_cost", "media_cache_mib", "guessed_tokens"):
             if getattr(self, name) < 0:
                 raise wrong(name, getattr(self, name), "must not be negative")
 

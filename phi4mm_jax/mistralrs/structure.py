@@ -34,6 +34,8 @@ def read_grammar(
         raise ValueError(f"grammar_type = {kind!r}: expected {', '.join(GRAMMAR_TYPES)}")
     if not isinstance(text, str):
         raise ValueError(f"grammar: expected a string, as there is a grammar_type, got {type(text).__name__}")
+    if request.ignore_eos:
+        raise ValueError("ignore_eos: does not go with a grammar, which says when the answer ends")
     try:
         match kind:
             case "regex":

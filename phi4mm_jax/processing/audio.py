@@ -194,12 +194,14 @@ def _decode(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, in
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, promised, log = file.samplerate, file.frames, file.extra_info
             limit = limits.max_audio_seconds * rate
+            estimated = file.format == "MP3" and not re.search(rb"Xing|Info|VBRI", data[:4096])
+            if not estimated and promised > limit:
+                raise _too_long(name, limits)
             while len(block := file.read(_DECODE_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 count += len(block)
                 if count > limit:
                     raise _too_long(name, limits)
-            estimated = file.format == "MP3" and not re.search(rb"Xing|Info|VBRI", data[:4096])
     except soundfile.SoundFileError as error:
         raise MediaError(f"{name}: {_diagnosis(data, error)}") from None
     if (not estimated and count < promised) or _lacks_samples(log):

@@ -27,8 +27,8 @@ IMAGE_SOURCES = "a path, a URL, bytes, a PIL image or an array"
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 """A path, a URL, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "AVIF")
-"""Decoders that are used; some others of Pillow run external programs."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
+"""Decoders that are used; some others of Pillow run external programs, or decode before they tell the size (ICO)."""
 _MIN_SIDE = 10
 """Fewest pixels of the shorter side after scaling."""
 _LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)

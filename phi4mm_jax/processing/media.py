@@ -5,18 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import http.client
 import os
-import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from phi4mm_jax.processing.display import shorten
 from phi4mm_jax.processing.prompt import MediaError
+from phi4mm_jax.processing.web import TooLargeError, WebError, download
 
-_CHUNK = 1 << 16
 _NAME_LENGTH = 200
 """Characters of a source that messages show."""
 
@@ -34,7 +31,12 @@ class MediaLimits:
     max_audio_seconds: float = 10_485.0
     """Longest recording; 131072 tokens of 80 ms are as much as the model's context holds."""
     local_files: bool = True
-    """Whether paths and file:// URLs may be read; a public server should say no."""
+    """Whether paths and file:// URLs may be read; a public server should say no, or name a directory."""
+    directory: Path | None = None
+    """The directory under which local files must really lie, whatever links and `..` say; None for any."""
+    private_hosts: bool = True
+    """Whether URLs may lead to this machine and its private networks; a public server must say no. Without, the
+    environment's proxies are not used."""
 
 
 def describe(source: object) -> str:
@@ -123,6 +125,8 @@ def _from_file(source: str | os.PathLike, limits: MediaLimits) -> bytes:
     elif isinstance(name, str) and "://" in name[:20]:
         raise MediaError(f"{describe(source)}: unknown kind of URL; accepted: http, https, file, data")
     path = Path(os.fsdecode(name))
+    if limits.directory is not None:
+        path = _within(limits.directory, path, source)
     try:
         if not path.is_file():
             raise MediaError(f"{describe(source)}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -133,48 +137,21 @@ def _from_file(source: str | os.PathLike, limits: MediaLimits) -> bytes:
         raise MediaError(f"{describe(source)}: cannot be read ({error.strerror})") from None
 
 
-def _web_opener() -> urllib.request.OpenerDirector:
-    """Returns an opener of http and https only, redirects included; urllib's own would follow one to ftp."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
+def _within(directory: Path, path: Path, source: object) -> Path:
+    """Returns where a path really leads, if that is under a directory; what lies elsewhere is not even looked for."""
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # it holds a null character
+        raise MediaError(f"{describe(source)}: no such file") from None
+    if not real.is_relative_to(os.path.realpath(directory)):
+        raise MediaError(f"{describe(source)}: lies elsewhere; accepted: files under {directory}")
+    return real
 
 
 def _from_web(url: str, limits: MediaLimits) -> bytes:
-    """Downloads `url`; each read returns what has come, so that a trickle cannot outlive the time limit."""
-    deadline = time.monotonic() + limits.timeout_s
     try:
-        request_url = urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # a pasted URL may hold spaces or letters
-        request = urllib.request.Request(request_url, headers={"User-Agent": "phi4mm_jax"})
-        with _web_opener().open(request, timeout=min(10.0, limits.timeout_s)) as response:
-            if int(response.headers.get("Content-Length") or 0) > limits.max_bytes:
-                raise _too_large(url, limits)
-            data = bytearray()
-            while chunk := response.read1(_CHUNK):
-                data += chunk
-                if len(data) > limits.max_bytes:
-                    raise _too_large(url, limits)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"more than {limits.timeout_s:g} s")
-            if response.length:  # what Content-Length promised and did not come
-                raise http.client.IncompleteRead(b"", response.length)
-            return bytes(data)
-    except urllib.error.HTTPError as error:
-        error.close()
-        reason: object = f"HTTP {error.code} {error.reason}"
-    except urllib.error.URLError as error:
-        reason = getattr(error.reason, "strerror", None) or error.reason
-    except MediaError:
-        raise
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = error
-    raise MediaError(f"{describe(url)}: cannot be fetched ({shorten(reason)})")
+        return download(url, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s, private_hosts=limits.private_hosts)
+    except TooLargeError:
+        raise _too_large(url, limits) from None
+    except WebError as error:
+        raise MediaError(f"{describe(url)}: {error}") from None

@@ -373,6 +373,7 @@ class Engine:
                 call.use_long,
                 kind=kind,
                 allowed=allowed,
+                history=self._history(call.rows),
             )
             self._pending.append(_Pending(drawn, list(enumerate(drawing))))
             for row in drawing:
@@ -391,6 +392,15 @@ class Engine:
             adapter=row.adapter,
             done=row.cached,
         )
+
+    def _history(self, rows: Sequence[PrefillRow]) -> np.ndarray | None:
+        """The tokens of rows by position [R, S] int32, if steps guess by them."""
+        if not self._steps.runtime.engine.guessed_tokens:
+            return None
+        history = np.zeros((len(rows), self.length), np.int32)
+        for i, row in enumerate(rows):
+            history[i, : len(row.tokens)] = row.tokens
+        return history
 
     # --- decoding --------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The key/value cache. This file alone knows its layout: per layer a pair of `KV` [B, K, S, H].
 
 Each row's new entries are written by `dynamic_update_slice`, the write that XLA does in place on every target.
-The last position of a row is scratch: rows that sit out a step write there, so they can never damage live entries.
+The last positions of a row are scratch, as many as a step writes: rows that sit out a step write there, so they can
+never damage live entries.
 """
 
 from __future__ import annotations
@@ -52,18 +53,23 @@ def prefill_attend(
 
 
 def decode_attend(
-    positions: jax.Array,  # [B] int32: position of each row's new token
+    positions: jax.Array,  # [B] int32: position of each row's first new token
     running: jax.Array,  # [B] bool: rows that take part
     *,
     scale: float,
+    block_size: int,
 ) -> Attend[LayerCache]:
-    """Attention of one new token per row; rows that sit out write to scratch and read one position."""
+    """Attention of one or a few new tokens per row; rows that sit out write to scratch and read no more than that."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        scratch = cache[0].shape[2] - 1
+        count = q.shape[1]
         slots = jnp.arange(q.shape[0], dtype=jnp.int32)
-        where = jnp.where(running, positions, scratch)
+        where = jnp.where(running, positions, cache[0].shape[2] - count)
         keys, values = (_write(c, new, slots, where) for c, new in zip(cache, (k, v), strict=True))
+        if count > 1:
+            starts = jnp.where(running, positions, 0)
+            out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size, names=_AXES)
+            return out, (keys, values)
         lengths = jnp.where(running, positions + 1, 1)
         out = decode_attention(q[:, 0], keys, values, lengths, scale=scale, names=_AXES)
         return out[:, None], (keys, values)

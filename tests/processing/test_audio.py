@@ -1,6 +1,7 @@
 import io
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,28 @@ def test_duration_is_limited() -> None:
     for source in (encoded(noise(1.0), 16_000), (noise(1.0), 16_000)):
         with pytest.raises(MediaError, match=r"limit of 0\.5 s"):
             load_audio(source, limits)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "AIFF", "OGG", "MP3"])
+def test_hours_are_not_decoded(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    data = encoded(np.zeros(16_000 * 90, np.float32), 16_000, kind)
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("is decoded"))
+    with pytest.raises(MediaError, match="longer than the limit of 60 s"):
+        load_audio(data, MediaLimits(max_audio_seconds=60))
+
+
+@pytest.mark.parametrize("seconds", [7_200, 2**36 // 16_000])
+def test_a_header_that_promises_hours(limits: MediaLimits, seconds: int) -> None:
+    flac = bytearray(encoded(noise(1.0), 16_000, "FLAC"))
+    flac[18:26] = (int.from_bytes(flac[18:26]) >> 36 << 36 | seconds * 16_000).to_bytes(8)  # its count of samples
+    wav = bytearray(encoded(noise(1.0), 16_000))
+    wav[40:44] = struct.pack("<I", min(seconds * 32_000, 0x7FFFEFFF))
+    for data in (flac, wav):
+        tracemalloc.start()
+        with pytest.raises(MediaError, match="truncated|damaged|limit"):
+            load_audio(bytes(data), limits)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

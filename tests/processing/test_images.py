@@ -1,11 +1,13 @@
 import dataclasses
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from phi4mm_jax.config import ModelConfig
 from phi4mm_jax.processing.images import (
@@ -247,6 +249,53 @@ def test_pixels_are_limited_before_decoding() -> None:
         warnings.simplefilter("error")
         large = encoded(Image.new("1", (10_000, 9_000)))  # Pillow would warn of it
         assert load_image(large, MediaLimits()).size == (10_000, 9_000)
+
+
+def declaring(width: int, height: int, kind: str) -> bytes:
+    """A small file whose header declares a picture of that size."""
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = bytearray(encoded(Image.new("P" if kind == "GIF" else "RGB", (10, 10)), kind, **options))
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "GIF":
+        at = data.index(b",", 13) + 5
+        data[at : at + 4] = struct.pack("<HH", width, height)  # of the frame, which reaches beyond the screen
+    elif kind == "WEBP":
+        at = data.index(b"/", 20) + 1
+        data[at : at + 4] = struct.pack("<I", (width - 1) | (height - 1) << 14)
+    elif kind == "TIFF":
+        (directory,) = struct.unpack_from("<I", data, 4)
+        for entry in range(directory + 2, directory + 2 + 12 * data[directory], 12):
+            (tag,) = struct.unpack_from("<H", data, entry)
+            if tag in (256, 257):
+                struct.pack_into("<HII", data, entry + 2, 4, 1, width if tag == 256 else height)
+    elif kind == "BMP":
+        struct.pack_into("<ii", data, 18, width, height)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "kind, side",
+    [
+        *(("PNG", 2**31 - 1), ("GIF", 65_535), ("TIFF", 2**31 - 1), ("BMP", 2**31 - 1), ("WEBP", 16_383)),
+        *((kind, 5_000) for kind in ("PNG", "GIF", "TIFF", "BMP", "WEBP")),  # which Pillow itself would take
+    ],
+)
+def test_bombs_are_not_decoded(monkeypatch: pytest.MonkeyPatch, kind: str, side: int) -> None:
+    assert load_image(declaring(10, 10, kind), MediaLimits()).size == (10, 10)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("is decoded"))
+    with pytest.raises(MediaError, match="limit of 1000000"):
+        load_image(declaring(side, side, kind), MediaLimits(max_pixels=1_000_000))
+
+
+def test_metadata_bombs() -> None:
+    picture = encoded(Image.new("RGB", (10, 10)))
+    for kind in (b"zTXt", b"iCCP"):
+        body = kind + b"a\0\0" + zlib.compress(bytes(100_000_000))
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        with pytest.raises(MediaError, match="not an image, or damaged"):
+            load_image(picture[:33] + chunk + picture[33:], MediaLimits())
 
 
 @pytest.mark.parametrize("size", [(6000, 2), (1, 300)])

@@ -164,6 +164,62 @@ def test_local_files_can_be_forbidden(file: Path, server: str) -> None:
     assert read(CONTENT, limits) == read(f"{server}/content", limits) == CONTENT
 
 
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory with files, links into it and out of it, and a secret beside it."""
+    inside = tmp_path / "media"
+    (inside / "deep").mkdir(parents=True)
+    for path in (inside / "a.png", inside / "deep" / "b.png", tmp_path / "secret", tmp_path / "media-not" / "c"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(CONTENT)
+    (inside / "link").symlink_to(inside / "a.png")
+    (inside / "escape").symlink_to(tmp_path / "secret")
+    (inside / "up").symlink_to("..")
+    (inside / "loop").symlink_to("loop")
+    (tmp_path / "entrance").symlink_to(inside)
+    return inside
+
+
+def test_files_under_a_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    entrance = directory.parent / "entrance"
+    for allowed in (directory, entrance, Path()):
+        limits = MediaLimits(directory=allowed)
+        for source in (
+            *(directory / "a.png", str(directory / "deep" / "b.png"), (directory / "deep" / "b.png").as_uri()),
+            *(directory / "link", entrance / "a.png", f"file://{directory}/deep/../a.png", "a.png", "deep/../link"),
+            *(f"file://{directory}/deep/%2e%2e/a.png", f"{directory}/up/media/a.png"),
+        ):
+            assert read(source, limits) == CONTENT
+
+
+def test_files_elsewhere(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    limits = MediaLimits(directory=directory)
+    outside = directory.parent
+    for source in (
+        *(outside / "secret", f"file://{outside}/secret", f"{directory}/../secret", "../secret", "up/secret"),
+        *(directory / "escape", directory / "up" / "secret", "escape", outside / "media-not" / "c", "/etc/hostname"),
+        *(f"file://{directory}/%2e%2e/secret", f"file://{directory}/%2E%2E%2Fsecret", f"file://{directory}/up/secret"),
+        *("/no/such/file", "../nothing", f"{directory}/a.png/../../secret", bytes(outside / "secret").decode()),
+    ):
+        with pytest.raises(MediaError, match=": lies elsewhere; accepted: files under /.*/media$"):
+            read(source, limits)
+    for source, message in (("nothing", "no such file"), ("loop", "loop|no such file"), ("", "not a regular file")):
+        with pytest.raises(MediaError, match=message):
+            read(source, limits)
+    for source in ("a\0b", "file:///a%00b"):
+        with pytest.raises(MediaError, match="no such file"):
+            read(source, limits)
+    with pytest.raises(MediaError, match="local files are not allowed"):
+        read("a.png", MediaLimits(local_files=False, directory=directory))
+
+
+def test_private_hosts_can_be_forbidden(server: str) -> None:
+    with pytest.raises(MediaError, match=rf"^{server}/content: leads to an address that is not public; accepted: URLs"):
+        read(f"{server}/content", MediaLimits(private_hosts=False))
+
+
 def test_names_in_messages_are_short() -> None:
     assert describe("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,..."
     assert describe("x" * 1000 + ".png") == "x" * 98 + "..." + "x" * 95 + ".png"
