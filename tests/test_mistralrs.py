@@ -557,6 +557,13 @@ def test_bad_grammars_and_tools(runner: Runner, settings, message: str) -> None:
         ask(runner, **settings)
 
 
+def test_grammars_need_an_extra(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
+    monkeypatch.setitem(sys.modules, "phi4mm_jax.serving.grammar", None)
+    monkeypatch.delitem(vars(runner), "_grammars", raising=False)
+    with pytest.raises(ImportError, match=r"grammar: needs the extra serve, pip install 'phi4mm-jax\[serve\]'"):
+        ask(runner, grammar="a", grammar_type="regex")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_tool_calls(runner: Runner, stream: bool) -> None:
     tools = {"tool_schemas": [json.dumps(TOOL)], "tool_choice": ToolChoice.Auto}

@@ -269,8 +269,10 @@ class Runner(AbsentMethods):
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
-        from phi4mm_jax.serving.grammar import Grammars
-
+        try:
+            from phi4mm_jax.serving.grammar import Grammars
+        except ImportError as error:
+            raise ImportError(f"grammar: needs the extra serve, pip install 'phi4mm-jax[serve]' ({error})") from error
         model = self._get(None)
         return Grammars(model.processor.tokenizer, model.steps.model.text.vocab_size, model.steps.model.tokens.eos)
 
