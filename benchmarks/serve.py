@@ -1,7 +1,7 @@
 """Requests per second and the times that callers wait, of a server under load; prints Markdown tables.
 
     python -m benchmarks.serve FOLDER [--model nano] [--clients 16 | --rate 20] [--requests 200] [--max-tokens 64]
-        [--serve "--dtype float32 --quantize int8"] [--caches] [--intrude] [--url http://host:port/v1]
+        [--ignore-eos] [--serve "--dtype float32 --quantize int8"] [--caches] [--intrude] [--url http://host:port/v1]
 
 FOLDER holds questions: `cases.json` as tests/nano/heldout has it, or pictures, recordings and texts, where files of one
 name (`a.png`, `a.wav`, `a.txt`) make one question. They are asked in turn, first one at a time, then by so many clients
@@ -245,7 +245,7 @@ def shares(seconds: Sequence[float]) -> str:
 async def measure(url: str, args: argparse.Namespace) -> bool:
     """Prints the tables; false if there were errors or answers differ."""
     work = list(itertools.islice(itertools.cycle(questions(args.folder)), args.requests))
-    settings = {"max_tokens": args.max_tokens}
+    settings = {"max_tokens": args.max_tokens, "ignore_eos": args.ignore_eos}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"{url}/", timeout=None, limits=limits) as client:
         print(f"{machine()}\n\n{args.requests} requests, {args.model}, {args.serve or 'default settings'}\n\n{HEAD}")
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, metavar="N")
     parser.add_argument("--rate", type=float, metavar="R", help="requests a second, instead of clients")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--ignore-eos", action="store_true", help="answers all have that many tokens")
     parser.add_argument("--picture", default="1344x896", metavar="WxH", help="the large one (%(default)s: 7 crops)")
     parser.add_argument("--intrude", action="store_true", help="then disturb running answers")
     args = parser.parse_args()
