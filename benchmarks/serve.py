@@ -177,15 +177,12 @@ async def intruded(client: httpx.AsyncClient, size: Sequence[int]) -> tuple[list
         picture = _data_url(file.getvalue(), "image")
     long = [{"role": "user", "content": await _text_of(client, 2000)}]
     large = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]
-    running = [
-        asyncio.create_task(
-            ask(client, [{"role": "user", "content": f"Count to {n}."}], max_tokens=400, ignore_eos=True)
-        )
-        for n in range(4)
-    ]
+    # Longer than the short rope range of nano, in which an answer would stop once to be rebuilt.
+    running = [[{"role": "user", "content": await _text_of(client, 150 + n)}] for n in range(4)]
+    tasks = [asyncio.create_task(ask(client, messages, max_tokens=400, ignore_eos=True)) for messages in running]
     await asyncio.sleep(0.5)
     intruders = [await ask(client, messages, max_tokens=8) for messages in (long, large)]
-    return list(await asyncio.gather(*running)), intruders
+    return list(await asyncio.gather(*tasks)), intruders
 
 
 async def _text_of(client: httpx.AsyncClient, tokens: int) -> str:

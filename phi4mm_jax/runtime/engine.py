@@ -248,7 +248,9 @@ class Engine:
         decoding = sum(row.decoding for row in rows)
         if max_calls and decoding:
             max_calls *= max(1, (len(rows) - decoding) // decoding)
-        longest = self._steps.runtime.engine.stream_chunk if max_calls is not None and decoding else None
+        longest = None
+        if max_calls is not None and decoding:  # two tokens for each row that waits are no longer than its own step
+            longest = max(self._steps.runtime.engine.stream_chunk, 2 * decoding)
         for _ in itertools.islice(self._work(max_calls is not None, longest), max_calls):
             while len(self._in_flight) > 1:  # the host stays near, so that a request can end before its prefill does
                 self._in_flight.popleft().block_until_ready()
