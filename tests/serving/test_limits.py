@@ -137,7 +137,7 @@ def test_one_request_cannot_ask_for_more_than_may_wait(http):
 
 def test_a_full_queue(http):
     body = {**BODY, "model": "tiny"}
-    with endless(http, {**ENDLESS, "model": "tiny"}), concurrent.futures.ThreadPoolExecutor(2) as threads:
+    with concurrent.futures.ThreadPoolExecutor(2) as threads, endless(http, {**ENDLESS, "model": "tiny"}):
         waiting = [threads.submit(http.post, "/v1/chat/completions", json=body) for _ in range(2)]
         wait_until(lambda: http.get("/ready").json()["waiting"] == 2)
         refused = http.post("/v1/chat/completions", json=body)

@@ -79,7 +79,7 @@ def test_metrics(http):
     grown = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
     assert grown["requests_total", "language"] == grown["answers_total", "stop"] == 2
     assert (grown["prompt_tokens_total",], grown["completion_tokens_total",]) == (26, 8)
-    assert grown["cached_prompt_tokens_total",] == 24
+    assert grown["cached_prompt_tokens_total",] >= 12
     assert grown["errors_total", "400", "invalid_request_error"] == 1
     counts = [grown[f"{name}_count",] for name in ("time_to_first_token_seconds", "request_seconds")]
     assert counts == [2, 2] and grown["inter_token_latency_seconds_count",] > 0
