@@ -100,8 +100,8 @@ def _invalid(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    path = _path(first["loc"][1:], body)
-    messages = dict.fromkeys(p["msg"] for p in problems if _path(p["loc"][1:], body) == path)
+    path = _path(first, body)
+    messages = dict.fromkeys(problem["msg"] for problem in problems if _path(problem, body) == path)
     if not path:
         is_object = isinstance(body, Mapping)
         return ApiError(400, first["msg"] if is_object else "expected a JSON object and Content-Type application/json")
@@ -110,13 +110,13 @@ def _invalid(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     return refuse(path, "; or ".join(message.removeprefix("Value error, ") for message in messages))
 
 
-def _path(location: Sequence[str | int], body: Any) -> str:
+def _path(problem: Mapping[str, Any], body: Any) -> str:
     """Writes where a problem is as `a[0].b`, without the names that pydantic gives to the branches of a union."""
     path = ""
-    for key in location:
+    for key in problem["loc"][1:]:
         if isinstance(key, int) and isinstance(body, (list, tuple)) and key < len(body):
             path, body = f"{path}[{key}]", body[key]
-        elif isinstance(key, str) and isinstance(body, Mapping):
+        elif isinstance(key, str) and isinstance(body, Mapping) and (key in body or problem["type"] == "missing"):
             path, body = f"{path}.{key}" if path else key, body.get(key)
         else:
             break

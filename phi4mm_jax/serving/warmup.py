@@ -18,6 +18,8 @@ from phi4mm_jax.serving.answers import Answers, Question
 from phi4mm_jax.serving.backend import Backend
 from phi4mm_jax.serving.metrics import Metrics
 
+_RATE, _FRAME = 16_000, 160
+"""Samples a second, and samples of a log-mel frame."""
 _GREEDY = SamplingParams(max_tokens=2, ignore_eos=True)
 _DRAWN = dataclasses.replace(_GREEDY, temperature=1.0, seed=0)
 
@@ -43,14 +45,17 @@ async def warm_up(backend: Backend, say: Callable[[str], None]) -> None:
 def _batches(backend: Backend) -> Iterator[tuple[str, list[Question]]]:
     """What is answered together, and its name.
 
-    The decoder has a program for each set of adapters that its rows use and each way of drawing; prefill has one for
-    each length of its calls.
+    The decoder has a program for each set of adapters that its rows use and each way of drawing, the encoders have one
+    for each size of their calls, and prefill has one for each length.
     """
-    text, picture, speech = _prompts(backend)
-    mixes = {"text": [text], "picture": [picture], "speech": [speech], "picture and speech": [picture, speech]}
+    text, picture, *clips, both = _prompts(backend)
+    mixes = {"text": [text], "picture": [picture], "speech": [clips[0]], "picture beside speech": [picture, clips[0]]}
     for drawing, params in (("greedy", _GREEDY), ("drawn", _DRAWN)):
         for name, prompts in mixes.items():
             yield f"{name}, {drawing}", [Question(prompt=prompt, params=params) for prompt in prompts]
+    for prompt in clips[1:]:
+        yield f"speech of {prompt.audios[0].num_tokens} tokens", [Question(prompt=prompt, params=_GREEDY)]
+    yield "picture and speech", [Question(prompt=both, params=_GREEDY)]
     digits = backend.grammars.regex("[0-9]{9}")
     yield "text, by a grammar", [Question(prompt=text, params=SamplingParams(max_tokens=2), grammar=digits)]
     for i, length in enumerate(backend.engine.prefill_buckets):  # each of other tokens, which no cache holds
@@ -58,13 +63,17 @@ def _batches(backend: Backend) -> Iterator[tuple[str, list[Question]]]:
 
 
 def _prompts(backend: Backend) -> list[Prompt]:
-    """Text, a picture, speech."""
-    media = [
-        [],
-        [{"type": "image", "image": np.full((64, 64, 3), 255, np.uint8)}],
-        [{"type": "audio", "audio": (np.zeros(16_000, np.float32), 16_000)}],
+    """Text; a picture that takes encoder calls of every size; recordings, one for each size; picture and recording."""
+    vision = backend.config.vision
+    tiles = min(sum(backend.engine.crop_buckets) - 1, vision.max_crops)
+    pixels = np.full((vision.image_size, vision.image_size * max(tiles, 1), 3), 255, np.uint8)
+    picture = {"type": "image", "image": pixels}
+    clips = [
+        {"type": "audio", "audio": (np.zeros(frames * _FRAME, np.float32), _RATE)}
+        for frames in backend.engine.audio_buckets
     ]
     text = {"type": "text", "text": "Hi"}
+    media = [[], [picture], *([clip] for clip in clips), [picture, clips[0]]]
     return [backend.processor.conversation([{"role": "user", "content": [*medium, text]}]) for medium in media]
 
 

@@ -141,7 +141,10 @@ def test_media_beside_the_conversation_fill_tags_of_messages_without_media() -> 
         (user(text("<|image_1|>?")), r"messages\[0\]\.content\[0\]\.text: <.image_1.> has no image"),
         ([{"role": "user", "content": "<|audio_1|>"}], r"messages\[0\]\.content: <.audio_1.> has no audio"),
         (user(text("<|audio_1|>"), image()), "<.audio_1.> has no audio"),
-        (user(text("<|image_1|>"), image(), image()), r"content\[2\]\.image_url\.url: no tag.*messages\[0\]"),
+        (
+            user(text("<|image_1|>"), image(), image()),
+            r"content\[2\]\.image_url\.url: no tag for this image; messages\[0\]",
+        ),
         (user(text("<|image_1|> <|image_1|>"), image(), image()), "<.image_1.> stands twice"),
     ],
 )

@@ -50,8 +50,8 @@ def running(model: Phi4MM, **settings) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def start(model: Phi4MM) -> Callable[..., contextlib.AbstractContextManager[Server]]:
-    """Starts another server on the same model: `with start(api_key="k") as other: other.url`."""
-    return lambda **settings: running(model, **{"warm_up": False, **settings})
+    """Starts another server, on the same model or another: `with start(api_key="k") as other: other.url`."""
+    return lambda **settings: running(**{"model": model, "warm_up": False, **settings})
 
 
 @pytest.fixture(scope="session")
