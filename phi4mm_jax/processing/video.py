@@ -91,8 +91,8 @@ def _from_file(source: str | os.PathLike | bytes, limits: MediaLimits) -> list[I
     except ImportError:
         raise MediaError(f'{name}: videos need another package: pip install "phi4mm-jax[video]"') from None
     data = read(source, limits, VIDEO_SOURCES)
-    pixels = {"max_pixels": str(limits.max_pixels)}  # for decoders: a frame may be larger than the header says
-    options = {"format_whitelist": _FORMATS, "codec_whitelist": _CODECS, "protocol_whitelist": "", **pixels}
+    options = {"format_whitelist": _FORMATS, "codec_whitelist": _CODECS, "protocol_whitelist": ""}
+    options["max_pixels"] = str(limits.max_pixels)  # for decoders: a frame may be larger than the header says
     try:
         with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
             return _sampled(container, limits)
@@ -111,8 +111,10 @@ def _sampled(container: InputContainer, limits: MediaLimits) -> list[Image.Image
     codec = stream.codec_context
     if codec is None or codec.name not in _CODECS.split(","):
         raise MediaError(f"video of the codec {codec and codec.name} is not supported; {_ACCEPTED}")
+    if not codec.width * codec.height:  # where FFmpeg was kept from looking at a frame
+        raise MediaError(f"video has frames of no pixels, or of more than the limit of {limits.max_pixels} pixels")
     check_pixels((codec.width, codec.height), "video", limits)
-    codec.options = {"max_pixels": str(limits.max_pixels)}  # for a frame may be larger than the header says
+    codec.options = {"max_pixels": str(limits.max_pixels)}
     groups = _groups(container, stream, clock)
     wanted = _wanted([_time(p) for group in groups for p in group], float(stream.time_base), limits.max_frames)
     frames: dict[int, Image.Image] = {}
