@@ -94,13 +94,14 @@ def _from_file(source: str | os.PathLike | bytes, limits: MediaLimits) -> list[I
     options = {"format_whitelist": _FORMATS, "codec_whitelist": _CODECS, "protocol_whitelist": ""}
     options["max_pixels"] = str(limits.max_pixels)  # for decoders: a frame may be larger than the header says
     try:
-        with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
+        with av.open(io.BytesIO(data), options=options) as container:
             return _sampled(container, limits)
     except MediaError as error:
         raise MediaError(f"{name}: {error}") from None
-    except av.FFmpegError as error:
+    except (av.FFmpegError, UnicodeDecodeError) as error:  # the latter of foreign metadata, up to PyAV 18
+        reason = shorten(getattr(error, "strerror", None) or error)
         what = f"not a video, damaged, or with a frame of more than {limits.max_pixels} pixels"
-        raise MediaError(f"{name}: {what} ({shorten(error.strerror)}); {_ACCEPTED}") from None
+        raise MediaError(f"{name}: {what} ({reason}); {_ACCEPTED}") from None
 
 
 def _sampled(container: InputContainer, limits: MediaLimits) -> list[Image.Image]:
