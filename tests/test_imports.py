@@ -22,7 +22,7 @@ RULES: dict[str, set[str]] = {
     "phi4mm_jax.config": set(),
     "phi4mm_jax.config.runtime": {"jax", "phi4mm_jax.config"},  # inside auto(), which asks for the devices
     "phi4mm_jax.processing": {
-        *("numpy", "PIL", "soundfile", "soxr", "tokenizers"),
+        *("av", "numpy", "PIL", "soundfile", "soxr", "tokenizers"),
         "phi4mm_jax.config",
     },
     "phi4mm_jax.models": {"jax", "flax", *_NUMERIC, "phi4mm_jax.config", "pallas_kernels"},
