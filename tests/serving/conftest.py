@@ -28,14 +28,9 @@ def grammars(tokenizer: Tokenizer, eos: list[int]) -> Grammars:
     return Grammars(tokenizer, VOCAB_SIZE, eos)
 
 
-def tokens_of(mask: np.ndarray) -> np.ndarray:
-    """The ids that a mask allows."""
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-
-
 @pytest.fixture(scope="session")
 def draw(tokenizer: Tokenizer, eos: list[int]) -> Callable[[Grammar, int], list[int]]:
-    """Draws an answer by random logits, which favour the end ever more, so that there is one."""
+    """Draws an answer by random logits, which come to favour the end, so that there is one."""
     closing = [
         *eos,
         *(i for i in range(VOCAB_SIZE) if tokenizer.token_bytes(i) in (b'"', b"}", b"]", b"<|/tool_call|>")),
@@ -47,9 +42,9 @@ def draw(tokenizer: Tokenizer, eos: list[int]) -> Callable[[Grammar, int], list[
         for step in range(2000):
             mask = constraint.mask()
             assert mask.dtype == np.uint32 and mask.shape == (VOCAB_SIZE // 32,)
-            allowed = tokens_of(mask)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
             logits = generator.gumbel(size=VOCAB_SIZE)
-            logits[closing] += step / 10
+            logits[closing] += max(step - 60, 0) / 10
             token = int(allowed[np.argmax(logits[allowed])])
             constraint.accept(token)
             if token in eos:
