@@ -36,14 +36,14 @@ def main() -> None:
     runtime = RuntimeConfig.auto()
     steps = Steps(narrow(ModelConfig.load("phi4mm")), runtime, create_mesh(runtime.mesh))
     weights = steps.pack({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in steps.abstract().items()})
-    state, keep = steps.new_state(1, 1024), np.array([True])
+    state, keep, one = steps.new_state(1, 1024), np.array([True]), np.ones(1, np.int32)
     arrays = len(jax.tree.leaves(state.caches))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {len(weights.text)} weights, {arrays} cache arrays")
     for adapters in ({}, {"vision": keep}):
         fastest = float("inf")
         for _ in range(args.repeat + 1):
             start = time.perf_counter()
-            state, drawn = steps.decode(weights.text, state, keep, np.int32(1), adapters, kind="greedy")
+            state, drawn = steps.decode(weights.text, state, keep, one, adapters, kind="greedy")
             fastest = min(fastest, time.perf_counter() - start)
             jax.block_until_ready(drawn)
         print(f"decode({', '.join(adapters) or 'no adapter'}): {fastest * 1e3:.2f} ms")

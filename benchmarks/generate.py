@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from phi4mm_jax import Phi4MM
 
 DEFAULT_CASES = "text_256,image_448,image_1344x896,audio_10s"
+EVERY_CALL_ANEW = {"prefix_cache": False, "media_cache_mib": 0}
+"""Settings of section `engine` under which nothing is kept from call to call."""
 
 
 # --- measuring -----------------------------------------------------------------------------------------------
@@ -192,7 +194,9 @@ def run(checkpoint: str, config: str, quantize: str | None, args: argparse.Names
     from phi4mm_jax import Phi4MM
 
     loaded: list[Phi4MM] = []
-    options = {"config": config, "quantize": quantize, "progress": False, **parse_settings(args.set)}
+    sections = parse_settings(args.set)
+    sections["engine"] = EVERY_CALL_ANEW | sections.get("engine", {})
+    options = {"config": config, "quantize": quantize, "progress": False, **sections}
     load = Cost.of(lambda: loaded.append(Phi4MM.from_pretrained(checkpoint, **options)))
     (model,) = loaded
     settings = "".join(f", {setting}" for setting in [*([quantize] if quantize else []), *args.set])

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from benchmarks.generate import machine
+from benchmarks.generate import EVERY_CALL_ANEW, machine
 
 Call = Callable[[int], None]
 """Reads the prompt into an empty cache and decodes so many tokens; the first comes from the prompt itself."""
@@ -33,7 +33,7 @@ def open_phi4mm(checkpoint: str, quantize: str, prompt: int) -> Call:
     """This project."""
     from phi4mm_jax import Phi4MM
 
-    model = Phi4MM.from_pretrained(checkpoint, quantize=quantize or None, progress=False)
+    model = Phi4MM.from_pretrained(checkpoint, quantize=quantize or None, progress=False, engine=EVERY_CALL_ANEW)
     return lambda tokens: model.generate(list(range(prompt)), max_tokens=tokens, ignore_eos=True)
 
 

@@ -34,7 +34,7 @@ def programs(steps: Steps) -> Iterator[tuple[str, Callable[[], Any]]]:
         return tuple(leaf for path, leaf in steps.abstract().items() if path.startswith(f"{name}."))
 
     text, state = tower("text"), steps.state_shapes(ROWS, POSITIONS)
-    rows, count = array(jnp.bool_, ROWS), array(jnp.int32)
+    rows, count = array(jnp.bool_, ROWS), array(jnp.int32, ROWS)
     one, flag = array(jnp.int32, 1), array(jnp.bool_, 1)
     tokens, is_media = array(jnp.int32, 1, CHUNK), array(jnp.bool_, 1, CHUNK)
     media = array(steps.activation_dtype, 1, CHUNK, steps.model.text.hidden_size)

@@ -26,6 +26,8 @@ class Usage:
     """Tokens of the prompt that are speech."""
     video_frames: int
     """Pictures of the prompt that are frames of videos."""
+    cached_tokens: int
+    """Tokens of the prompt that earlier requests had left in the cache."""
     time_to_first_token: float
     """Seconds from the call to the first token."""
     prefill_tokens_per_second: float
@@ -96,6 +98,7 @@ class Answer:
         self._prompt, self._called = prompt, called
         self._first = self._last = called
         self._admitted = called
+        self._cached_tokens = 0
         self._held = ""  # text that may turn out to be the beginning of a stop string
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -103,7 +106,7 @@ class Answer:
     def push(self, event: Event) -> Piece:
         """Takes the next tokens; after a stop string `finish_reason` is set and the rest is dropped."""
         if not self.token_ids:
-            self._admitted, self._first = event.admitted, event.received
+            self._admitted, self._first, self._cached_tokens = event.admitted, event.received, event.cached
         self._last = event.received
         text, used = "", 0
         for token in event.token_ids:
@@ -132,6 +135,7 @@ class Answer:
             image_tokens=sum(image.num_tokens for image in self._prompt.images),
             audio_tokens=sum(clip.num_tokens for clip in self._prompt.audios),
             video_frames=self._prompt.video_frames,
+            cached_tokens=self._cached_tokens,
             time_to_first_token=self._first - self._called,
             prefill_tokens_per_second=prompt_tokens / prefill if prefill > 0 else 0.0,
             decode_tokens_per_second=more / decode if more > 0 and decode > 0 else 0.0,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi4mm_jax.config import ModelConfig, models, parse_settings
+from phi4mm_jax.config import ConfigError, ModelConfig, models, parse_settings
 from phi4mm_jax.terminal import TerminalChat, attach, conversation, is_input_error, user_message, users_names
 
 if TYPE_CHECKING:
@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--calibration", metavar="FILE", help="JSONL of conversations from which to round better")
     quantize.set_defaults(command=_quantize)
 
+    serve = commands.add_parser("serve", help="answer over HTTP, as OpenAI's API does")
+    _add_serving(serve)
+    serve.set_defaults(command=_serve)
+
     demo = commands.add_parser("demo", help="let the small bundled model hear, read and answer; downloads nothing")
     demo.set_defaults(command=_demo, revision=None)
 
@@ -106,18 +110,19 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="M", help="directory, hub id, description (.toml); phi4mm and nano are shipped")
     info.set_defaults(command=_info)
 
-    for command in (generate, chat):
+    for command in (generate, chat, serve):
         command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=_MODEL_HELP)
+    for command in (generate, chat):
         command.add_argument("--system", metavar="S", help="system message")
         _add_sampling(command)
-    for command in (generate, chat, quantize, demo):
+    for command in (generate, chat, serve, quantize, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
         command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8, fp8 or int4")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
     quantize.set_defaults(quantize="int8")
-    for command in (generate, chat, quantize, info):
+    for command in (generate, chat, serve, quantize, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
-    for command in (generate, chat, quantize, demo, info):
+    for command in (generate, chat, serve, quantize, demo, info):
         command.add_argument("--config", default="auto", metavar="P", help="preset name or TOML file (%(default)s)")
         command.add_argument(
             "--set", action="append", default=[], metavar="K=V", help="change a setting, such as engine.max_batch=8"
@@ -144,6 +149,36 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of the answer")
     group.add_argument("--min-tokens", type=int, metavar="N", help="fewest tokens of the answer")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-answer token")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ServerSettings`, likewise."""
+    group = parser.add_argument_group("server", argument_default=argparse.SUPPRESS)
+    group.add_argument("--host", metavar="H", help="address to listen on (127.0.0.1); 0.0.0.0 for all")
+    group.add_argument("--port", type=int, metavar="N", help="port (8000); 0 takes a free one")
+    group.add_argument("--rows", type=int, metavar="N", help="requests that are answered together (engine.max_batch)")
+    group.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer (what memory holds)")
+    group.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait for a row (256)")
+    group.add_argument("--request-timeout", type=float, metavar="S", dest="request_timeout_s", help="seconds (600)")
+    group.add_argument("--drain-timeout", type=float, metavar="S", dest="drain_timeout_s", help="at the end (30)")
+    group.add_argument("--max-body-bytes", type=int, metavar="N", help="largest request, media included (100 MB)")
+    group.add_argument("--model-name", action="append", metavar="X", dest="model_names", help="what requests call it")
+    group.add_argument("--any-model-name", action="store_true", help="let requests call the model anything")
+    group.add_argument("--api-key", metavar="K", help="ask for it in every request; default: $PHI4MM_API_KEY")
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="O",
+        dest="cors_origins",
+        help="let pages of this origin call; * for all",
+    )
+    group.add_argument(
+        "--media-directory", type=Path, metavar="DIR", dest="directory", help="let requests name files under it"
+    )
+    group.add_argument(
+        "--private-hosts", action="store_true", help="let requests name URLs of this machine and its networks"
+    )
+    group.add_argument("--no-warm-up", action="store_false", dest="warm_up", help="compile when requests come")
 
 
 def _token_bias(text: str) -> tuple[int, float]:
@@ -215,6 +250,21 @@ def _chat(args: argparse.Namespace) -> None:
     TerminalChat(_load(args), args.system, sampling).run()
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from phi4mm_jax.processing.media import MediaLimits
+    from phi4mm_jax.serving.settings import ServerSettings
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ServerSettings) if f.name in args}
+    allowed = {f.name: getattr(args, f.name) for f in dataclasses.fields(MediaLimits) if f.name in args}
+    media = dataclasses.replace(ServerSettings().media, **allowed, local_files="directory" in args)
+    settings = ServerSettings(**{"api_key": os.environ.get("PHI4MM_API_KEY", ""), **given}, media=media)
+    try:
+        from phi4mm_jax.serving.process import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve: {error.name} is missing; pip install 'phi4mm-jax[serve]'") from None
+    serve(_load(args), settings, args.verbose)
+
+
 def _quantize(args: argparse.Namespace) -> None:
     from phi4mm_jax.processing.conversations import read_conversations
     from phi4mm_jax.weights.saved import check_new
@@ -234,6 +284,7 @@ def _demo(args: argparse.Namespace) -> None:
     from phi4mm_jax.weights.hub import BUNDLED
 
     args.model = BUNDLED["nano"]
+    args.set = ["engine.prefix_cache=false", "engine.media_cache_mib=0", *args.set]  # or asking twice would be cheap
     if not run_demo(_load(args), lambda line: print(line, flush=True)):
         raise DemoError("some answers are not as expected: this machine or its set-up computes something else")
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from phi4mm_jax.answer import Answer, Piece
+from phi4mm_jax.answer import Answer, Output, Piece
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.engine import Engine
+from phi4mm_jax.runtime.engine import Constraint, Counts, Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
 from phi4mm_jax.runtime.sampling import SamplingParams
@@ -35,7 +37,9 @@ class Request:
     """What to answer."""
     params: SamplingParams
     """How."""
-    receive: Callable[[Piece | Exception], None]
+    constraint: Constraint | None = None
+    """What its tokens must be like."""
+    receive: Callable[[Piece | Exception], None] = lambda _: None
     """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon."""
     streaming: bool = False
     """Whether every token is wanted at once, at the price of throughput."""
@@ -59,6 +63,8 @@ class Load:
     """Positions of each."""
     used: int
     """Positions that running requests fill."""
+    counts: Counts
+    """What the cache has saved so far."""
 
 
 class Service:
@@ -90,6 +96,7 @@ class Service:
         self._thread: threading.Thread | None = None
         self._inbox: list[Request] = []
         self._cancelled: list[Request] = []
+        self._counts = Counts()
         # The thread's own.
         self._engine: Engine | None = None
         self._backlog: deque[Request] = deque()  # what the engine has no room for
@@ -115,6 +122,37 @@ class Service:
                 self._thread = threading.Thread(target=self._run, name="phi4mm-service", daemon=True)
                 self._thread.start()
 
+    def pieces(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
+        """Submits requests when it is advanced, and yields the pieces of all answers, each with its request's index.
+
+        The iterator takes the place of `receive`. Closing it early cancels what is unfinished.
+
+        Raises:
+          Exception: whatever `submit` raises, or ends one of the requests.
+        """
+        inbox: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
+        own = [dataclasses.replace(request, receive=partial(_put, inbox, i)) for i, request in enumerate(requests)]
+        self.submit(own)
+        unfinished = set(own)
+        try:
+            while unfinished:
+                i, piece = inbox.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece.finish_reason:
+                    unfinished.remove(own[i])
+                yield i, piece
+        finally:
+            for request in unfinished:
+                self.cancel(request)
+
+    def outputs(self, requests: Sequence[Request]) -> list[Output]:
+        """Submits requests and waits for their whole answers. Errors are those of `pieces`."""
+        parts: list[list[Piece]] = [[] for _ in requests]
+        for i, piece in self.pieces(requests):
+            parts[i].append(piece)
+        return [Output.of(pieces) for pieces in parts]
+
     def cancel(self, request: Request) -> None:
         """Ends a request without another word; one that has ended is left alone."""
         with self._lock:
@@ -130,6 +168,7 @@ class Service:
             rows=engine.batch if engine else 0,
             length=engine.length if engine else 0,
             used=sum(len(request.prompt.token_ids) + len(answer.token_ids) for request, answer in answers),
+            counts=dataclasses.replace(self._counts),
         )
 
     def release(self) -> None:
@@ -184,36 +223,69 @@ class Service:
 
     def _feed(self) -> None:
         """Gives the engine what it has room for, after making the room that can be made."""
-        needs = [self._positions(request) for request in self._backlog]
-        if needs and not self._answers:
-            self._new_engine(needs)
-        while self._backlog and self._engine and needs[0] <= self._engine.length:
+        if self._backlog:
+            self._make_room()
+        while self._backlog and self._engine and self._positions(self._backlog[0]) <= self._engine.length:
             request = self._backlog.popleft()
-            del needs[0]
             answer = Answer(self._tokenizer, request.prompt, request.params, request.called)
-            self._answers[self._engine.submit(request.prompt, request.params)] = request, answer
+            try:
+                id = self._engine.submit(request.prompt, request.params, request.constraint)
+            except Exception as error:  # of its constraint
+                request.receive(error)
+            else:
+                self._answers[id] = request, answer
 
     def _positions(self, request: Request) -> int:
         return cache_length(self._steps, request.prompt, answer_limit(self._steps, request.prompt, request.params))
 
-    def _new_engine(self, needs: Sequence[int]) -> None:
-        """Takes the cache that serves the backlog best of those that fit; the first request fails if none does."""
-        config = self._steps.runtime.engine
-        rows = max(self._shape[0], min(round_up(len(needs), config.batch_buckets), config.max_batch))
-        length = round_up(max(self._shape[1], *needs), config.cache_buckets)
-        if self._engine and (self._engine.batch, self._engine.length) == (rows, length):
+    def _make_room(self) -> None:
+        """Brings the cache to the shape that all requests need, or as close to it as memory allows.
+
+        While rows are in use it only grows, if there is memory for the old and the new one; else what has no room
+        waits. The first request fails if it has none even alone.
+        """
+        config, engine, busy = self._steps.runtime.engine, self._engine, bool(self._answers)
+        rows = len(self._backlog) + len(self._answers)
+        rows = max(self._shape[0], min(round_up(rows, config.batch_buckets), config.max_batch))
+        length = round_up(max(self._shape[1], *map(self._positions, self._backlog)), config.cache_buckets)
+        if busy:
+            rows, length = max(rows, engine.batch), max(length, engine.length)
+        if engine and (rows, length) == (engine.batch, engine.length):
             return
-        self._engine = None  # its memory is free before the next one is planned
-        media = sum(m.num_tokens for r in self._backlog for m in (*r.prompt.images, *r.prompt.audios))
-        plan = plan_memory(self._steps, rows, length, media)
-        try:
-            plan.check(available_memory(self._steps.mesh.devices.flat[0]), weights_loaded=True)
-        except MemoryPlanError as error:
-            self._backlog.popleft().receive(error)
+        if busy:
+            if self._lack(rows, length) is None:
+                engine.resize(rows, length)
+            return
+        own = self._plan(engine.batch, engine.length).state if engine else 0
+        smaller = [n for n in reversed(config.batch_buckets) if n < rows]
+        for rows in [rows, *smaller]:  # noqa: B020
+            if (lack := self._lack(rows, length, own)) is None:
+                break
+        else:
+            self._backlog.popleft().receive(lack)
+            return
+        if engine and (rows, length) == (engine.batch, engine.length):
             return
         if self._report:
-            self._report(plan)
-        self._engine = Engine(self._steps, self._weights, rows, length)
+            self._report(self._plan(rows, length))
+        if engine and self._lack(rows, length) is None:
+            engine.resize(rows, length)
+        else:
+            self._engine = engine = None  # its memory is free before the next one is made
+            self._engine = Engine(self._steps, self._weights, rows, length, self._counts)
+
+    def _plan(self, rows: int, length: int) -> MemoryPlan:
+        media = sum(m.num_tokens for r in self._backlog for m in (*r.prompt.images, *r.prompt.audios))
+        return plan_memory(self._steps, rows, length, media)
+
+    def _lack(self, rows: int, length: int, freed: int = 0) -> MemoryPlanError | None:
+        """What is missing for a cache once so many bytes have been freed; None if there is enough."""
+        available = available_memory(self._steps.mesh.devices.flat[0])
+        try:
+            self._plan(rows, length).check(None if available is None else available + freed, weights_loaded=True)
+        except MemoryPlanError as error:
+            return error
+        return None
 
     def _advance(self) -> None:
         """Runs the engine once and hands on what it says."""
@@ -221,8 +293,12 @@ class Service:
             return
         config = self._steps.runtime.engine
         streaming = any(request.streaming for request, _ in self._answers.values())
-        for event in self._engine.step(config.stream_steps if streaming else config.decode_steps):
+        pace = (config.stream_steps, 1) if streaming else (config.decode_steps, None)
+        for event in self._engine.step(*pace):
             if event.request not in self._answers:  # ended by a stop string; these tokens were under way
+                continue
+            if event.error:
+                self._end(event.request, event.error)
                 continue
             request, answer = self._answers[event.request]
             piece = answer.push(event)
@@ -236,3 +312,7 @@ class Service:
             self._engine.cancel(id)
         if error:
             request.receive(error)
+
+
+def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:
+    inbox.put((i, piece))

@@ -35,6 +35,16 @@ RULES: dict[str, set[str]] = {
         *("phi4mm_jax.config", "phi4mm_jax.models", "phi4mm_jax.weights", "pallas_kernels"),
         "phi4mm_jax.processing.prompt",  # the request's dataclasses
     },
+    "phi4mm_jax.serving": {
+        *("fastapi", "llguidance", "numpy", "prometheus_client", "pydantic", "starlette", "uvicorn"),
+        *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime"),
+        *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
+    },
+    "phi4mm_jax.mistralrs": {
+        *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime", "phi4mm_jax.weights"),
+        *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
+        *("phi4mm_jax.serving.calls", "phi4mm_jax.serving.grammar", "phi4mm_jax.serving.tools"),  # without a server
+    },
 }
 
 COMPILERS = {"jax.jit", "jax.pmap", "jax.experimental.pjit.pjit", "flax.nnx.jit", "flax.nnx.pmap", "equinox.filter_jit"}

@@ -100,7 +100,7 @@ def test_the_thread_ends_with_the_work(service):
     caller.tokens()
     service.release()
     assert not [thread for thread in threading.enumerate() if thread.name == "phi4mm-service"]
-    assert dataclasses.astuple(service.load()) == (0, 0, 0, 0, 0)
+    assert dataclasses.astuple(service.load()) == (0, 0, 0, 0, 0, (12, 0, 0, 0))
     service.submit([caller.request])
     assert len(caller.tokens()) == 8
 

@@ -77,13 +77,22 @@ class EngineConfig(Settings):
     """Most tokens per row and dispatch."""
     stream_steps: int = 1
     """The same while a caller is streaming."""
+    stream_chunk: int = 128
+    """Longest chunk of a prompt while callers are streaming, whose tokens wait for it."""
+    guessed_tokens: int = 0
+    """Tokens that each decode step checks beyond the next one, guessed from what stands earlier in the sequence:
+    answers that quote come sooner, and none comes out otherwise."""
     prefill_block: int = 256
     """Query and key block of the blockwise prefill attention."""
+    prefix_cache: bool = True
+    """Whether what the cache holds of other requests is used where a prompt begins alike."""
+    media_cache_mib: int = 128
+    """Embeddings of the latest pictures and recordings that are kept for prompts with the same, in MiB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("max_batch", "max_seq_len", "prefill_rows", "decode_steps", "stream_steps")
-        self._require_positive("prefill_block")
+        self._require_positive("prefill_block", "stream_chunk")
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_buckets")):
             buckets = getattr(self, name)
             if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] <= 0:
@@ -93,8 +102,9 @@ class EngineConfig(Settings):
                 raise wrong(name, list(getattr(self, name)), "must begin with 1")
         if any(frames % 8 for frames in self.audio_buckets):
             raise wrong("audio_buckets", list(self.audio_buckets), "expected multiples of 8")
-        if self.prefill_call_cost < 0:
-            raise wrong("prefill_call_cost", self.prefill_call_cost, "must not be negative")
+        for name in ("prefill_call_cost", "media_cache_mib", "guessed_tokens"):
+            if getattr(self, name) < 0:
+                raise wrong(name, getattr(self, name), "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -206,7 +206,10 @@ def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Pi
         raise ChatError(f"{where}: media belong in user messages, not in those of role {role}")
     else:
         medium, source_of = _PART_TYPES[kind]
-        yield Medium(medium, source_of(value, where, limits), where)
+        source = source_of(value, where, limits)
+        if isinstance(value, Mapping) and kind in _KEYS:
+            where = f"{where}.{_KEYS[kind]}"
+        yield Medium(medium, source, where)
 
 
 def _url(value: Any, where: str, limits: MediaLimits) -> str:
@@ -240,6 +243,8 @@ _PART_TYPES = {
     "video": ("video", _as_it_is),
 }
 """What each type of part holds, and how its source is found."""
+_KEYS = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
+"""Where it lies in a part that is a mapping."""
 
 
 def _tools_json(tools: Any, where: str) -> str:

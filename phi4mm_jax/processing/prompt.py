@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import hashlib
 
 import numpy as np
 
@@ -53,6 +55,11 @@ class ImageFeatures:
         """Tokens that the image takes in a prompt."""
         return len(self.layout)
 
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Equal for equal content alone."""
+        return _digest(self.crops, self.mask, self.layout)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AudioFeatures:
@@ -62,6 +69,11 @@ class AudioFeatures:
     """[frames, mels] float32 log-mel energies, one frame each 10 ms."""
     num_tokens: int
     """Tokens that the recording takes in a prompt."""
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Equal for equal content alone."""
+        return _digest(self.features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,3 +93,11 @@ class Prompt:
     def mode(self) -> InputMode:
         """The mode, which depends on the media alone."""
         return InputMode(bool(self.images) * InputMode.VISION + bool(self.audios) * InputMode.SPEECH)
+
+
+def _digest(*arrays: np.ndarray) -> bytes:
+    content = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        content.update(repr(array.shape).encode())
+        content.update(np.ascontiguousarray(array))
+    return content.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Sequence
 
@@ -92,7 +93,7 @@ def _moments(
     caches = steps.new_state(1, positions).caches
     sums: dict[str, jax.Array] = {}
     for row in rows:
-        for call in plan_prefill([row], steps.runtime.engine):
+        for call in plan_prefill([dataclasses.replace(row)], steps.runtime.engine, positions - 1):
             valid = call.starts[:, None] + np.arange(call.size) < call.lengths[:, None]
             valid[call.count :] = False
             arguments = prefill_arguments(steps, call)

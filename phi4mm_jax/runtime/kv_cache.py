@@ -1,7 +1,8 @@
 """The key/value cache. This file alone knows its layout: per layer a pair of `KV` [B, K, S, H].
 
 Each row's new entries are written by `dynamic_update_slice`, the write that XLA does in place on every target.
-The last position of a row is scratch: rows that sit out a step write there, so they can never damage live entries.
+The last positions of a row are scratch, as many as a step writes: rows that sit out a step write there, so they can
+never damage live entries.
 """
 
 from __future__ import annotations
@@ -52,23 +53,68 @@ def prefill_attend(
 
 
 def decode_attend(
-    positions: jax.Array,  # [B] int32: position of each row's new token
+    positions: jax.Array,  # [B] int32: position of each row's first new token
     running: jax.Array,  # [B] bool: rows that take part
     *,
     scale: float,
+    block_size: int,
 ) -> Attend[LayerCache]:
-    """Attention of one new token per row; rows that sit out write to scratch and read one position."""
+    """Attention of one or a few new tokens per row; rows that sit out write to scratch and read no more than that."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        scratch = cache[0].shape[2] - 1
+        count = q.shape[1]
         slots = jnp.arange(q.shape[0], dtype=jnp.int32)
-        where = jnp.where(running, positions, scratch)
+        where = jnp.where(running, positions, cache[0].shape[2] - count)
         keys, values = (_write(c, new, slots, where) for c, new in zip(cache, (k, v), strict=True))
+        if count > 1:
+            starts = jnp.where(running, positions, 0)
+            out = prefill_attention(q, keys, values, starts, slots, scale=scale, block_size=block_size, names=_AXES)
+            return out, (keys, values)
         lengths = jnp.where(running, positions + 1, 1)
         out = decode_attention(q[:, 0], keys, values, lengths, scale=scale, names=_AXES)
         return out[:, None], (keys, values)
 
     return attend
+
+
+_COPIED = 256
+"""Positions that `copy_row` copies at a time."""
+
+
+def copy_row(cache: KV, source: jax.Array, target: jax.Array, length: jax.Array) -> KV:
+    """Copies the first `length` positions of one row to another; all three are int32 scalars."""
+
+    def copy(array: jax.Array) -> jax.Array:
+        block = min(_COPIED, array.shape[2])
+        sizes = (1, array.shape[1], block, *array.shape[3:])
+
+        def copy_block(i: jax.Array, array: jax.Array) -> jax.Array:
+            at = [jnp.zeros((), jnp.int32)] * array.ndim
+            at[0], at[2] = source, i * block
+            part = jax.lax.dynamic_slice(array, at, sizes)
+            at[0] = target
+            return jax.lax.dynamic_update_slice(array, part, at)
+
+        return jax.lax.fori_loop(0, (length + block - 1) // block, copy_block, array)
+
+    return jax.tree.map(copy, cache)
+
+
+def resize(cache: KV, rows: jax.Array, length: int) -> KV:
+    """The rows [B] int32 of a cache, -1 for an empty one, with `length` positions."""
+
+    def fit(array: jax.Array) -> jax.Array:
+        kept = take_rows(array, rows)[:, :, :length]
+        return jnp.pad(kept, [(0, length - kept.shape[2] if axis == 2 else 0) for axis in range(kept.ndim)])
+
+    return jax.tree.map(fit, cache)
+
+
+def take_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows [B] int32 of an array, zeros for a row of -1."""
+    taken = jnp.take(array, jnp.maximum(rows, 0), axis=0)
+    is_row = (rows >= 0).reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.where(is_row, taken, jnp.zeros_like(taken))
 
 
 def _write(cache: KV, new: jax.Array, slots: jax.Array, starts: jax.Array) -> KV:

@@ -63,4 +63,4 @@ def cache_length(steps: Steps, prompt: Prompt, max_tokens: int) -> int:
     if length <= switch < length + max_tokens - 1:
         prefills.append(switch + 1)
     padded = (sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_call_cost)) for n in prefills)
-    return max(*padded, length + max_tokens) + 1
+    return max(*padded, length + max_tokens) + 1 + engine.guessed_tokens

@@ -33,13 +33,18 @@ class MemoryPlan:
     sampling: int
     """Per-row settings and history over the vocabulary."""
     media: int
-    """Encoded pictures and speech, kept while their rows may have to be run again."""
+    """Encoded pictures and speech: of rows that may have to be run again, and the latest of others."""
     workspace: int
     """Estimate of the largest program's temporaries."""
     batch: int
     """Rows that the cache is for."""
     length: int
     """Positions per row."""
+
+    @property
+    def state(self) -> int:
+        """What an engine holds while it is idle."""
+        return self.cache + self.sampling
 
     @property
     def total(self) -> int:
@@ -91,7 +96,10 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
         ),
         cache=bytes_per_device(state.caches),
         sampling=bytes_per_device(dataclasses.replace(state, caches=[])),
-        media=media_tokens * steps.model.text.hidden_size * steps.activation_dtype.itemsize,
+        media=max(
+            media_tokens * steps.model.text.hidden_size * steps.activation_dtype.itemsize,
+            steps.runtime.engine.media_cache_mib * 2**20,
+        ),
         workspace=_workspace(steps, batch),
         batch=batch,
         length=length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +30,9 @@ def adapter_rows(adapters: Sequence[str | None]) -> dict[str, np.ndarray]:
     return {name: np.array([a == name for a in adapters]) for name in ADAPTERS if name in adapters}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class PrefillRow:
-    """One sequence to run through the decoder from its beginning."""
+    """One sequence on its way through the decoder."""
 
     slot: int
     """Its cache row."""
@@ -44,6 +44,13 @@ class PrefillRow:
     """Its rope regime."""
     adapter: str | None
     """Its LoRA adapter."""
+    done: int = 0
+    """Tokens that are in the cache, or that calls made so far put there."""
+
+    @property
+    def left(self) -> int:
+        """Tokens to come."""
+        return len(self.tokens) - self.done
 
 
 def lone_row(steps: Steps, weights: Weights, prompt: Prompt) -> PrefillRow:
@@ -84,23 +91,38 @@ class PrefillCall:
         return np.array([row.use_long for row in self.rows])
 
 
-def plan_prefill(rows: Sequence[PrefillRow], engine: EngineConfig) -> list[PrefillCall]:
-    """Cuts the rows into chunks and puts chunks of equal length together, up to `prefill_rows` a call."""
-    chunks = []  # (how many chunks the row has had, size, final, start, row)
-    for row in rows:
-        start, plan = 0, plan_chunks(len(row.tokens), engine.prefill_buckets, engine.prefill_call_cost)
-        for turn, size in enumerate(plan):
-            chunks.append(((turn, size, turn == len(plan) - 1), start, row))
-            start += size
-    calls = []
-    for turn, size, final in sorted({key for key, *_ in chunks}):
-        alike = [(start, row) for key, start, row in chunks if key == (turn, size, final)]
-        for first in range(0, len(alike), engine.prefill_rows):
-            part = alike[first : first + engine.prefill_rows]
-            padded = part + part[:1] * (round_up(len(part), engine.batch_buckets) - len(part))
-            starts = np.array([start for start, _ in padded], np.int32)
-            calls.append(PrefillCall([row for _, row in padded], starts, size, len(part), final))
-    return calls
+def next_call(rows: Sequence[PrefillRow], engine: EngineConfig, room: int, longest: int | None = None) -> PrefillCall:
+    """Cuts the next chunk of the first row, and of further rows up to `prefill_rows` whose next is of the same length.
+
+    Args:
+      rows: rows with tokens left; those of the call are advanced.
+      engine: for the buckets.
+      room: positions of the cache that may be written.
+      longest: most tokens of the chunk; at least the smallest bucket is taken.
+    """
+    buckets = engine.prefill_buckets
+    if longest is not None:
+        buckets = tuple(b for b in buckets if b <= longest) or buckets[:1]
+
+    def next_chunk(row: PrefillRow) -> tuple[int, bool]:
+        size = plan_chunks(row.left, buckets, engine.prefill_call_cost)[0]
+        return size, size >= row.left
+
+    size, final = next_chunk(rows[0])
+    part = [row for row in rows if next_chunk(row) == (size, final)][: engine.prefill_rows]
+    # Padding that would not fit makes a chunk begin earlier, with tokens that are in the cache already.
+    starts = [min(row.done, room - size) for row in part]
+    for row, start in zip(part, starts, strict=True):
+        row.done = min(start + size, len(row.tokens))
+    padding = round_up(len(part), engine.batch_buckets) - len(part)
+    starts += starts[:1] * padding
+    return PrefillCall(part + part[:1] * padding, np.array(starts, np.int32), size, len(part), final)
+
+
+def plan_prefill(rows: Sequence[PrefillRow], engine: EngineConfig, room: int) -> Iterator[PrefillCall]:
+    """Cuts all rows into chunks, `room` being the positions of the cache that may be written."""
+    while left := [row for row in rows if row.left]:
+        yield next_call(left, engine, room)
 
 
 def run_prefill(

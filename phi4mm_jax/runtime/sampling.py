@@ -210,6 +210,7 @@ def sample(
     state: SamplingState,
     running: jax.Array,  # [B] bool: rows whose history advances
     kind: SamplingKind,
+    allowed: jax.Array | None = None,  # [B, V / 32] uint32: bit i of word w allows token 32 w + i; None for all
 ) -> tuple[jax.Array, jax.Array, Logprobs | None, SamplingState]:
     """Draws one token per row.
 
@@ -219,10 +220,13 @@ def sample(
     """
     early = state.drawn < state.min_tokens
     logprobs = None
+    unconstrained = logits
+    if allowed is not None:
+        logits = jnp.where(_unpacked(allowed, logits.shape[-1]), logits, -jnp.inf)
     if kind == "greedy":
         tokens = jnp.argmax(_without_stops(logits, state, early), axis=-1).astype(jnp.int32)
     else:
-        normalised = jax.nn.log_softmax(logits, axis=-1)
+        normalised = jax.nn.log_softmax(unconstrained, axis=-1)
         top, top_ids = jax.lax.top_k(normalised, MAX_LOGPROBS)
         shaped = _without_stops(_penalise(logits, state), state, early)
         greedy = jnp.argmax(shaped, axis=-1)
@@ -236,6 +240,12 @@ def sample(
     state = dataclasses.replace(state, drawn=state.drawn + running.astype(jnp.int32))
     stopped = jnp.any(tokens[:, None] == state.stop_ids, axis=-1)
     return tokens, ~stopped & (state.drawn < state.max_tokens), logprobs, state
+
+
+def _unpacked(bits: jax.Array, size: int) -> jax.Array:
+    """The first `size` bits [B, size] bool of words [B, W] uint32, lowest first."""
+    flags = bits[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :] & 1
+    return flags.reshape(bits.shape[0], -1)[:, :size] != 0
 
 
 def _without_stops(logits: jax.Array, state: SamplingState, early: jax.Array) -> jax.Array:

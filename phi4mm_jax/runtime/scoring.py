@@ -33,10 +33,10 @@ def score(steps: Steps, weights: Weights, prompt: Prompt) -> np.ndarray:
         )
     positions = round_up(cache_length(steps, prompt, max_tokens=0), engine.cache_buckets)
     plan_memory(steps, 1, positions).check(available_memory(steps.mesh.devices.flat[0]), weights_loaded=True)
-    calls = plan_prefill([lone_row(steps, weights, prompt)], engine)
+    row = lone_row(steps, weights, prompt)
     caches = steps.new_state(1, positions).caches
     logits = np.empty((length, text.vocab_size), np.float32)
-    for call in calls:
+    for call in plan_prefill([row], engine, positions - 1):
         caches, hidden, _ = run_prefill(steps, weights, caches, call)
         chunk = logits[call.starts[0] : call.starts[0] + call.size]
         chunk[:] = np.asarray(steps.logits(weights.text, hidden))[0, : len(chunk)]

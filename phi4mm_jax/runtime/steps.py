@@ -25,9 +25,18 @@ from pallas_kernels.quantized import quantize
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.models.lora import RowAdapters
 from phi4mm_jax.models.phi4mm import Phi4MMModel
-from phi4mm_jax.runtime.kv_cache import LayerCache, cache_shapes, decode_attend, prefill_attend
+from phi4mm_jax.runtime.kv_cache import (
+    LayerCache,
+    cache_shapes,
+    copy_row,
+    decode_attend,
+    prefill_attend,
+    resize,
+    take_rows,
+)
 from phi4mm_jax.runtime.mesh import RULES, replicated, sharding
 from phi4mm_jax.runtime.sampling import Logprobs, SamplingKind, SamplingState, sample
+from phi4mm_jax.runtime.speculation import guess
 
 Leaves = tuple[jax.Array, ...]
 
@@ -58,15 +67,16 @@ class DecodeState:
     use_long: jax.Array  # [B] bool: rope regime
     active: jax.Array  # [B] bool: rows that want more tokens
     sampling: SamplingState
+    history: jax.Array | None  # [B, S] int32: tokens by position, where steps guess at the next ones
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
-    """Tokens drawn by one dispatch: column i of a row is its i-th step, -1 where the row sat out."""
+    """Tokens drawn by one dispatch, in order: some columns for each step, -1 where a row drew none."""
 
-    tokens: jax.Array  # [B, steps] int32
-    logprobs: Logprobs | None  # [B, steps, ...]
+    tokens: jax.Array  # [B, columns] int32
+    logprobs: Logprobs | None  # [B, columns, ...]
 
 
 class Steps:
@@ -94,6 +104,8 @@ class Steps:
         self.install = self._compile(self._install, donate=(0,))
         self.begin = self._compile(self._begin, donate=(1,), static=("kind",))
         self.decode = self._compile(self._decode, donate=(1,), static=("kind",))
+        self.copy_row = self._compile(self._copy_row, donate=(0,))
+        self.resize = compile_step(self._resize, static=("batch", "length"))
         self._zeros = jax.jit(self._zeros_like, static_argnames=("batch", "length"))
 
     def _compile(self, step: Any, donate: tuple[int, ...], static: tuple[str, ...] = ()) -> Any:
@@ -143,6 +155,7 @@ class Steps:
             use_long=flag,
             active=flag,
             sampling=SamplingState.shapes(batch, self.model.text.vocab_size),
+            history=jax.ShapeDtypeStruct((batch, length), jnp.int32) if self.runtime.engine.guessed_tokens else None,
         )
         whole = replicated(self.mesh)
         rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), rows)
@@ -156,6 +169,21 @@ class Steps:
     def _zeros_like(self, batch: int, length: int) -> DecodeState:
         shapes = self.state_shapes(batch, length)
         return jax.tree.map(lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding), shapes)
+
+    def _copy_row(
+        self, caches: list[LayerCache], source: jax.Array, target: jax.Array, length: jax.Array
+    ) -> list[LayerCache]:
+        """Copies the first `length` positions of cache row `source` to row `target`."""
+        return [(copy_row(k, source, target, length), copy_row(v, source, target, length)) for k, v in caches]
+
+    def _resize(self, state: DecodeState, rows: jax.Array, batch: int, length: int) -> DecodeState:
+        """The rows [batch] int32 of a state, -1 for an empty one, with `length` cache positions."""
+        caches = [(resize(k, rows, length), resize(v, rows, length)) for k, v in state.caches]
+        others = jax.tree.map(lambda a: take_rows(a, rows), dataclasses.replace(state, caches=[], history=None))
+        history = None if state.history is None else resize(state.history[:, None], rows, length)[:, 0]
+        shapes = self.state_shapes(batch, length)
+        resized = dataclasses.replace(others, caches=caches, history=history)
+        return jax.tree.map(lambda a, s: jax.lax.with_sharding_constraint(a, s.sharding), resized, shapes)
 
     # --- encoders --------------------------------------------------------------------------------------------
 
@@ -268,11 +296,13 @@ class Steps:
         lengths: jax.Array,  # [R] int32: prompt length
         use_long: jax.Array,  # [R] bool
         kind: SamplingKind,
+        allowed: jax.Array | None = None,  # [R, V / 32] uint32: as in `sample`
+        history: jax.Array | None = None,  # [R, S] int32: the prompts, where steps guess
     ) -> tuple[DecodeState, Drawn]:
         """Draws the token after a prefill and lets the rows decode."""
         logits = self._towers["text"].merge(leaves).embed.attend(hidden)
         rows = jax.tree.map(lambda a: a[slots], state.sampling)
-        tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind)
+        tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind, allowed)
 
         def put(target: jax.Array, new: jax.Array) -> jax.Array:
             return target.at[slots].set(new, mode="drop")
@@ -284,6 +314,9 @@ class Steps:
             use_long=put(state.use_long, use_long),
             active=put(state.active, goes_on),
             sampling=jax.tree.map(put, state.sampling, rows),
+            history=None
+            if history is None
+            else put(state.history, history.at[jnp.arange(slots.shape[0]), lengths].set(tokens)),
         )
         return state, Drawn(tokens[:, None], jax.tree.map(lambda a: a[:, None], logprobs))
 
@@ -292,55 +325,73 @@ class Steps:
         leaves: Leaves,
         state: DecodeState,
         keep: jax.Array,  # [B] bool: rows that the host has not ended
-        steps: jax.Array,  # int32: at most this many steps now
+        steps: jax.Array,  # [B] int32: at most this many steps now
         adapters: RowAdapters,
         kind: SamplingKind,
+        allowed: jax.Array | None = None,  # [B, V / 32] uint32: as in `sample`
     ) -> tuple[DecodeState, Drawn]:
-        """Decodes up to `steps` tokens of every active row, or until no row can go on.
+        """Takes up to `steps` steps of every active row, or until no row can go on.
 
-        A row under the short rope factors that has filled their range sits out until the host has rebuilt it under
-        the long ones.
+        A step draws a token, and one more for each guess in a row that turns out right. A row under the short rope
+        factors that has filled their range sits out until the host has rebuilt it under the long ones. With tokens
+        that are not allowed nothing is guessed, and rows with such take one step: the next ones depend on its token.
         """
-        text = self._towers["text"].merge(leaves)
+        text, engine = self._towers["text"].merge(leaves), self.runtime.engine
         short_range = self.model.text.original_max_position_embeddings
         state = dataclasses.replace(state, active=state.active & keep)
-        batch = state.tokens.shape[0]
-        width = max(self.runtime.engine.decode_steps, self.runtime.engine.stream_steps)
+        batch, guessed = state.tokens.shape[0], 0 if allowed is not None else engine.guessed_tokens
+        columns = 1 + guessed
+        limits = jnp.minimum(steps, max(engine.decode_steps, engine.stream_steps))
 
-        def running(state: DecodeState) -> jax.Array:
+        def can_go_on(state: DecodeState) -> jax.Array:
             return state.active & (state.use_long | (state.lengths < short_range))
 
         def go_on(carry: tuple[jax.Array, DecodeState, Drawn]) -> jax.Array:
             step, state, _ = carry
-            return (step < jnp.minimum(steps, width)) & jnp.any(running(state))
+            return jnp.any(can_go_on(state) & (step < limits))
 
         def advance(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
             step, state, drawn = carry
-            runs = running(state)
-            x = text.embed.encode(state.tokens[:, None], self.activation_dtype)
-            attend = decode_attend(state.lengths, runs, scale=self._attention_scale)
-            hidden, caches = text(x, state.lengths[:, None], state.use_long, adapters, attend, state.caches)
-            tokens, goes_on, logprobs, sampling = sample(text.embed.attend(hidden[:, 0]), state.sampling, runs, kind)
-            new = Drawn(jnp.where(runs, tokens, -1), logprobs)
-            drawn = jax.tree.map(
-                lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], step, axis=1),
-                drawn,
-                new,
-            )
-            state = DecodeState(
-                caches=caches,
-                tokens=jnp.where(runs, tokens, state.tokens),
-                lengths=state.lengths + runs.astype(jnp.int32),
-                use_long=state.use_long,
-                active=jnp.where(runs, goes_on, state.active),
-                sampling=sampling,
-            )
+            runs = can_go_on(state) & (step < limits)
+            tokens = state.tokens[:, None]
+            if guessed:
+                guesses = guess(state.history, state.lengths, guessed)
+                tokens = jnp.concatenate([tokens, jnp.maximum(guesses, 0)], axis=1)
+            x = text.embed.encode(tokens, self.activation_dtype)
+            positions = state.lengths[:, None] + jnp.arange(columns, dtype=jnp.int32)[None, :]
+            attend = decode_attend(state.lengths, runs, scale=self._attention_scale, block_size=engine.prefill_block)
+            hidden, caches = text(x, positions, state.use_long, adapters, attend, state.caches)
+            logits = text.embed.attend(hidden.reshape(batch * columns, -1)).reshape(batch, columns, -1)
+            state = dataclasses.replace(state, caches=caches)
+            for column in range(columns):
+                tokens, goes_on, logprobs, sampling = sample(logits[:, column], state.sampling, runs, kind, allowed)
+                new = Drawn(jnp.where(runs, tokens, -1), logprobs)
+                drawn = jax.tree.map(partial(_put_column, at=step * columns + column), drawn, new)
+                state = dataclasses.replace(
+                    state,
+                    tokens=jnp.where(runs, tokens, state.tokens),
+                    lengths=state.lengths + runs.astype(jnp.int32),
+                    active=jnp.where(runs, goes_on, state.active),
+                    sampling=sampling,
+                )
+                if state.history is not None:
+                    last = jnp.where(runs, state.lengths, state.history.shape[1] - 1)  # scratch, as in the cache
+                    history = state.history.at[jnp.arange(batch), last].set(tokens)
+                    state = dataclasses.replace(state, history=history)
+                if column < guessed:
+                    runs = runs & can_go_on(state) & (guesses[:, column] == tokens)
             return step + 1, state, drawn
 
+        width = max(engine.decode_steps, engine.stream_steps) * columns
         logprobs = Logprobs.zeros(batch, width) if kind == "full" else None
         drawn = Drawn(jnp.full((batch, width), -1, jnp.int32), logprobs)
         _, state, drawn = jax.lax.while_loop(go_on, advance, (jnp.zeros((), jnp.int32), state, drawn))
         return state, drawn
+
+
+def _put_column(columns: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """Stores new [B, ...] as one of columns [B, N, ...]."""
+    return jax.lax.dynamic_update_slice_in_dim(columns, new[:, None], at, axis=1)
 
 
 class _Tower:

@@ -124,7 +124,7 @@ def compile_decoder(placed: Any, array: Any) -> Callable[..., jax.stages.Compile
         rows = array(steps, jnp.bool_, batch if program == "decode" else 1)
         use = dict.fromkeys(("speech", "vision") if adapters else (), rows)
         if program == "decode":
-            lowered = steps.decode.lower(weights, state, rows, array(steps, jnp.int32), use, kind="greedy")
+            lowered = steps.decode.lower(weights, state, rows, array(steps, jnp.int32, batch), use, kind="greedy")
         else:
             tokens, index = array(steps, jnp.int32, 1, CHUNK), array(steps, jnp.int32, 1)
             lowered = steps.prefill.lower(weights, state.caches, tokens, None, None, index, index, index, rows, use)
