@@ -286,7 +286,7 @@ def test_sources_of_pictures(runner: Runner, form: str) -> None:
             MediaError,
             r"messages\[0\].content\[1\].*no\.png",
         ),
-        ([{"role": "user", "content": [text("a"), {"type": "video_url"}]}], ChatError, r"content\[1\].type is"),
+        ([{"role": "user", "content": [text("a"), {"type": "film"}]}], ChatError, r"content\[1\].type is"),
         ([{"role": "user", "content": [{"text": "a"}, 7]}], ChatError, r"content\[0\].type"),
         ([{"role": "assistant", "content": [image("a")]}], ChatError, "belong in user messages"),
     ],
