@@ -730,7 +730,6 @@ def test_absent_settings_of_the_runner(settings) -> None:
         (Which.Plain, {"topology": "a"}),
         (Which.Plain, {"imatrix": "a"}),
     ],
-    ids=" ".join,
 )
 def test_absent_settings_of_the_model(which, settings) -> None:
     (name,) = settings
