@@ -1,7 +1,7 @@
 """Requests per second and the times that callers wait, of a server under load; prints Markdown tables.
 
     python -m benchmarks.serve FOLDER [--model nano] [--clients 16 | --rate 20] [--requests 200] [--max-tokens 64]
-        [--serve "--dtype float32 --quantize int8"] [--caches] [--intrude] [--url http://host:port/v1]
+        [--ignore-eos] [--serve "--dtype float32 --quantize int8"] [--caches] [--intrude] [--url http://host:port/v1]
 
 FOLDER holds questions: `cases.json` as tests/nano/heldout has it, or pictures, recordings and texts, where files of one
 name (`a.png`, `a.wav`, `a.txt`) make one question. They are asked in turn, first one at a time, then by so many clients
@@ -169,23 +169,20 @@ async def at_rate(client: httpx.AsyncClient, work: Sequence[Messages], rate: flo
     return list(await asyncio.gather(*tasks))
 
 
-async def intruded(client: httpx.AsyncClient) -> tuple[list[Asked], list[Asked]]:
-    """Lets a long prompt and a large picture come while answers are under way; these answers, and the intruders'."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3 * 448, 2 * 448, 3)).astype(np.uint8)
+async def intruded(client: httpx.AsyncClient, size: Sequence[int]) -> tuple[list[Asked], list[Asked]]:
+    """Lets a long prompt and a picture of W x H come while answers are under way; these answers, and the intruders'."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "PNG")
         picture = _data_url(file.getvalue(), "image")
     long = [{"role": "user", "content": await _text_of(client, 2000)}]
     large = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]
-    running = [
-        asyncio.create_task(
-            ask(client, [{"role": "user", "content": f"Count to {n}."}], max_tokens=400, ignore_eos=True)
-        )
-        for n in range(4)
-    ]
+    # Longer than the short rope range of nano, in which an answer would stop once to be rebuilt.
+    running = [[{"role": "user", "content": await _text_of(client, 150 + n)}] for n in range(4)]
+    tasks = [asyncio.create_task(ask(client, messages, max_tokens=400, ignore_eos=True)) for messages in running]
     await asyncio.sleep(0.5)
     intruders = [await ask(client, messages, max_tokens=8) for messages in (long, large)]
-    return list(await asyncio.gather(*running)), intruders
+    return list(await asyncio.gather(*tasks)), intruders
 
 
 async def _text_of(client: httpx.AsyncClient, tokens: int) -> str:
@@ -245,7 +242,7 @@ def shares(seconds: Sequence[float]) -> str:
 async def measure(url: str, args: argparse.Namespace) -> bool:
     """Prints the tables; false if there were errors or answers differ."""
     work = list(itertools.islice(itertools.cycle(questions(args.folder)), args.requests))
-    settings = {"max_tokens": args.max_tokens}
+    settings = {"max_tokens": args.max_tokens, "ignore_eos": args.ignore_eos}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"{url}/", timeout=None, limits=limits) as client:
         print(f"{machine()}\n\n{args.requests} requests, {args.model}, {args.serve or 'default settings'}\n\n{HEAD}")
@@ -263,7 +260,7 @@ async def measure(url: str, args: argparse.Namespace) -> bool:
         different = sum(a.text != b.text for a, b in zip(alone, together, strict=True))
         print(f"\n{results[0][1] / results[1][1]:.2f} times the requests per second; {different} answers differ.")
         if args.intrude:
-            running, intruders = await intruded(client)
+            running, intruders = await intruded(client, [int(n) for n in args.picture.split("x")])
             gaps, firsts = (
                 [gap for a in running for gap in a.gaps],
                 [a.times[0] - a.began for a in intruders if a.times],
@@ -292,6 +289,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, metavar="N")
     parser.add_argument("--rate", type=float, metavar="R", help="requests a second, instead of clients")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--ignore-eos", action="store_true", help="answers all have that many tokens")
+    parser.add_argument("--picture", default="1344x896", metavar="WxH", help="the large one (%(default)s: 7 crops)")
     parser.add_argument("--intrude", action="store_true", help="then disturb running answers")
     args = parser.parse_args()
     with contextlib.nullcontext(args.url) if args.url else server(args.model, args.serve, args.caches) as url:

@@ -26,6 +26,8 @@ class Usage:
     """Tokens of the prompt that are speech."""
     cached_tokens: int
     """Tokens of the prompt that earlier requests had left in the cache."""
+    video_frames: int
+    """Pictures of the prompt that are frames of videos."""
     time_to_first_token: float
     """Seconds from the call to the first token."""
     prefill_tokens_per_second: float
@@ -133,6 +135,7 @@ class Answer:
             image_tokens=sum(image.num_tokens for image in self._prompt.images),
             audio_tokens=sum(clip.num_tokens for clip in self._prompt.audios),
             cached_tokens=self._cached_tokens,
+            video_frames=self._prompt.video_frames,
             time_to_first_token=self._first - self._called,
             prefill_tokens_per_second=prompt_tokens / prefill if prefill > 0 else 0.0,
             decode_tokens_per_second=more / decode if more > 0 and decode > 0 else 0.0,

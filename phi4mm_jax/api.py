@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +79,7 @@ class Phi4MM:
         config: str | Path | RuntimeConfig = "auto",
         dtype: jax.typing.DTypeLike | None = None,
         quantize: str | int | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
         progress: bool = True,
         **sections: Mapping[str, Any],
@@ -95,7 +94,7 @@ class Phi4MM:
             are float32 as well.
           quantize: hold the weights in few bits: "int8", "w8a8", "fp8", "int4", or a name of mistral.rs ("Q4K", 8) for
             the nearest of these; section `quantization` of the configuration says it in more detail.
-          token: hub token; the environment's by default.
+          token: hub token; the environment's by default, none if False.
           local_files_only: never go to the network.
           progress: show progress while loading, and print the memory plan of each new batch shape (standard error).
           **sections: overrides of the configuration: `engine={"max_batch": 4}`.
@@ -231,15 +230,12 @@ class Phi4MM:
         for i, (row, *media) in enumerate(zip(rows, *columns, strict=True)):
             try:
                 params = SamplingParams(**_row_of(sampling, i, len(rows), batched))
-                asked.append(self._checked(self._prompt(row, *media, tools), params))
+                asked.append(self._request(self._prompt(row, *media, tools), params, called))
             except ValueError as error:
                 if not batched:
                     raise
                 raise type(error)(f"inputs[{i}]: {error}") from error
-        parts: list[list[Piece]] = [[] for _ in rows]
-        for i, piece in self._pieces(asked, called, streaming=False):
-            parts[i].append(piece)
-        outputs = [Output.of(pieces) for pieces in parts]
+        outputs = self.service.outputs(asked)
         return outputs if batched else outputs[0]
 
     def stream(
@@ -258,8 +254,8 @@ class Phi4MM:
         """
         called = time.perf_counter()
         params = SamplingParams(**_known(sampling))
-        asked = self._checked(self._prompt(inputs, images, audios, tools), params)
-        return (piece for _, piece in self._pieces([asked], called, streaming=True))
+        asked = self._request(self._prompt(inputs, images, audios, tools), params, called, streaming=True)
+        return (piece for _, piece in self.service.pieces([asked]))
 
     def logits(
         self,
@@ -295,41 +291,14 @@ class Phi4MM:
             raise ChatError("tools: go with a conversation; a raw prompt holds them itself")
         return self.processor.raw(inputs, images=images, audios=audios)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[Prompt, SamplingParams]:
+    def _request(self, prompt: Prompt, params: SamplingParams, called: float, streaming: bool = False) -> Request:
         """What is asked, once it is known to fit the context."""
         answer_limit(self.steps, prompt, params)
-        return prompt, params
-
-    def _pieces(
-        self, asked: Sequence[tuple[Prompt, SamplingParams]], called: float, streaming: bool
-    ) -> Iterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come, each with the index of what was asked."""
-        inbox: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
-        requests = [
-            Request(prompt=p, params=s, receive=partial(_put, inbox, i), streaming=streaming, called=called)
-            for i, (p, s) in enumerate(asked)
-        ]
-        self.service.submit(requests)
-        unfinished = set(requests)
-        try:
-            while unfinished:
-                i, piece = inbox.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece.finish_reason:
-                    unfinished.remove(requests[i])
-                yield i, piece
-        finally:
-            for request in unfinished:
-                self.service.cancel(request)
+        return Request(prompt=prompt, params=params, streaming=streaming, called=called)
 
     def _new_service(self) -> Service:
         report = partial(print, "Memory plan:", file=sys.stderr) if self._progress else None
         return Service(self.steps, self.weights, self.processor.tokenizer, report=report)
-
-
-def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:
-    inbox.put((i, piece))
 
 
 def runtime_config(

@@ -78,13 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message; - reads it from standard input")
     generate.add_argument("--image", action="append", default=[], metavar="X", help="picture: path, URL or data: URL")
     generate.add_argument("--audio", action="append", default=[], metavar="X", help="sound clip: the same")
+    generate.add_argument(
+        "--video", action="append", default=[], metavar="X", help="video, seen as a few of its frames"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
     generate.add_argument(
         "--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help="with --json: the N likeliest per token"
     )
     generate.set_defaults(command=_generate)
 
-    chat = commands.add_parser("chat", help="talk with the model, with /image and /audio")
+    chat = commands.add_parser("chat", help="talk with the model, with /image, /audio and /video")
     chat.set_defaults(command=_chat)
 
     quantize = commands.add_parser("quantize", help="save a model in few bits, to be loaded in seconds")
@@ -216,8 +219,7 @@ def _load(args: argparse.Namespace) -> Phi4MM:
 
 def _generate(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
-    attachments = [attach("--image", source) for source in args.image]
-    attachments += [attach("--audio", source) for source in args.audio]
+    attachments = [attach(f"--{kind}", x) for kind in ("image", "video", "audio") for x in getattr(args, kind)]
     messages = conversation(args.system, user_message(_prompt(args, bool(attachments)), attachments))
     model = _load(args)
     with users_names(len(messages) - 1, "PROMPT", attachments):
@@ -239,7 +241,7 @@ def _prompt(args: argparse.Namespace, may_be_empty: bool) -> str:
     except UnicodeDecodeError:
         raise ChatError("PROMPT: standard input is not UTF-8 text") from None
     if not prompt.strip() and not may_be_empty:
-        raise ChatError("PROMPT: is empty; without --image or --audio there is nothing to answer")
+        raise ChatError("PROMPT: is empty; without --image, --audio or --video there is nothing to answer")
     return prompt
 
 

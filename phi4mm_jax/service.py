@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from phi4mm_jax.answer import Answer, Piece
+from phi4mm_jax.answer import Answer, Output, Piece
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.runtime.buckets import round_up
@@ -37,7 +39,7 @@ class Request:
     """How."""
     constraint: Constraint | None = None
     """What its tokens must be like."""
-    receive: Callable[[Piece | Exception], None]
+    receive: Callable[[Piece | Exception], None] = lambda _: None
     """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon."""
     streaming: bool = False
     """Whether every token is wanted at once, at the price of throughput."""
@@ -119,6 +121,37 @@ class Service:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="phi4mm-service", daemon=True)
                 self._thread.start()
+
+    def pieces(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
+        """Submits requests when it is advanced, and yields the pieces of all answers, each with its request's index.
+
+        The iterator takes the place of `receive`. Closing it early cancels what is unfinished.
+
+        Raises:
+          Exception: whatever `submit` raises, or ends one of the requests.
+        """
+        inbox: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
+        own = [dataclasses.replace(request, receive=partial(_put, inbox, i)) for i, request in enumerate(requests)]
+        self.submit(own)
+        unfinished = set(own)
+        try:
+            while unfinished:
+                i, piece = inbox.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece.finish_reason:
+                    unfinished.remove(own[i])
+                yield i, piece
+        finally:
+            for request in unfinished:
+                self.cancel(request)
+
+    def outputs(self, requests: Sequence[Request]) -> list[Output]:
+        """Submits requests and waits for their whole answers. Errors are those of `pieces`."""
+        parts: list[list[Piece]] = [[] for _ in requests]
+        for i, piece in self.pieces(requests):
+            parts[i].append(piece)
+        return [Output.of(pieces) for pieces in parts]
 
     def cancel(self, request: Request) -> None:
         """Ends a request without another word; one that has ended is left alone."""
@@ -217,7 +250,10 @@ class Service:
         length = round_up(max(self._shape[1], *map(self._positions, self._backlog)), config.cache_buckets)
         if busy:
             rows, length = max(rows, engine.batch), max(length, engine.length)
-            if (rows, length) != (engine.batch, engine.length) and self._lack(rows, length) is None:
+        if engine and (rows, length) == (engine.batch, engine.length):
+            return
+        if busy:
+            if self._lack(rows, length) is None:
                 engine.resize(rows, length)
             return
         own = self._plan(engine.batch, engine.length).state if engine else 0
@@ -276,3 +312,7 @@ class Service:
             self._engine.cancel(id)
         if error:
             request.receive(error)
+
+
+def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:
+    inbox.put((i, piece))

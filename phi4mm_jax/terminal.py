@@ -21,6 +21,7 @@ Part = dict[str, Any]
 HELP = """\
 /image PATH    attach a picture (path or URL) to the next message; may be repeated
 /audio PATH    attach a sound clip to the next message; may be repeated
+/video PATH    attach a video to the next message, seen as a few of its frames; may be repeated
 /system TEXT   set the system message; without TEXT, remove it
 /clear         forget the conversation and the attachments
 /help          show this
@@ -34,7 +35,7 @@ def is_input_error(error: ValueError) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
-    """A picture or a sound clip of a message."""
+    """A picture, sound clip or video of a message."""
 
     name: str
     """What the user calls it, such as `--image photo.jpg`."""
@@ -46,16 +47,17 @@ def attach(flag: str, source: str) -> Attachment:
     """Opens what a flag or command (`--image`, `/audio`, ...) names, decoded once and for all.
 
     Raises:
-      MediaError: it cannot be read, or is no picture or sound.
+      MediaError: it cannot be read, or is no picture, sound or video.
     """
     from phi4mm_jax.processing.audio import load_audio
     from phi4mm_jax.processing.images import load_image
     from phi4mm_jax.processing.media import MediaLimits, describe
     from phi4mm_jax.processing.prompt import MediaError
+    from phi4mm_jax.processing.video import load_video
 
     kind = flag.strip("-/")
     try:
-        medium = (load_image if kind == "image" else load_audio)(source, MediaLimits())
+        medium = {"image": load_image, "audio": load_audio, "video": load_video}[kind](source, MediaLimits())
     except MediaError as error:
         raise MediaError(f"{flag} {error}") from error
     return Attachment(f"{flag} {describe(source)}", {"type": kind, kind: medium})
@@ -112,6 +114,7 @@ class TerminalChat:
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": lambda source: self._attach("/image", source),
             "/audio": lambda source: self._attach("/audio", source),
+            "/video": lambda source: self._attach("/video", source),
             "/system": self._set_system,
             "/clear": lambda _: self._clear(),
             "/help": lambda _: print(HELP),

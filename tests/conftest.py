@@ -63,3 +63,12 @@ def oracle(shared: Path) -> Path:
 def oracle_checkpoint(oracle: Path, request: pytest.FixtureRequest) -> Path:
     """The oracle's checkpoint directory, in each layout."""
     return oracle / request.param
+
+
+@pytest.fixture(scope="session")
+def released_tokenizer_directory(shared: Path) -> Path:
+    """The tokenizer of the released checkpoint."""
+    path = shared / "tokenizer"
+    if not (path / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer at {path}")
+    return path

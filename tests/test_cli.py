@@ -194,13 +194,23 @@ def clip(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str) -> None:
-    assert cli.main(["generate", "--audio", clip, "--image", picture, "--image", picture, "What?"]) == 0
+@pytest.fixture
+def film(tmp_path: Path) -> str:
+    path = tmp_path / "film.gif"
+    frames = [Image.new("RGB", (4, 2), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000)
+    return str(path)
+
+
+def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str, film: str) -> None:
+    media = ["--audio", clip, "--image", picture, "--video", film, "--image", picture]
+    assert cli.main(["generate", *media, "What?"]) == 0
     ((message,), _), parts = model.asked[0], model.asked[0][0][0]["content"]
     assert message["role"] == "user"
-    assert [part["type"] for part in parts] == ["image", "image", "audio", "text"]
+    assert [part["type"] for part in parts] == ["image", "image", "video", "audio", "text"]
     assert parts[0]["image"].size == (4, 2)
-    samples, rate = parts[2]["audio"]
+    assert [frame.getpixel((0, 0)) for frame in parts[2]["video"]] == [(255, 0, 0), (0, 0, 255)]
+    samples, rate = parts[3]["audio"]
     assert (len(samples), rate) == (1600, 16000)
 
 
@@ -208,6 +218,7 @@ def test_media_come_before_the_text(model: FakeModel, picture: str, clip: str) -
     ("arguments", "message"),
     [
         (["generate", "--image", "absent.png", "x"], "phi4mm: --image absent.png: no such file"),
+        (["generate", "--video", "absent.mp4", "x"], "phi4mm: --video absent.mp4: no such file"),
         (["generate", "--audio", "data:audio/wav,noise", "x"], "phi4mm: --audio data:audio/wav,...: "),
         (["generate", "--top-p", "2", "x"], "phi4mm: top_p = 2.0: expected"),
         (["generate", "--set", "engine", "x"], "phi4mm: --set engine: expected section.name=value"),
@@ -248,13 +259,22 @@ def test_an_error_of_ours_is_one_line(model: FakeModel, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("system", [[], ["--system", "Be brief"]])
 def test_errors_use_the_names_of_the_arguments(
-    oracle_checkpoint: Path, tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str], system: list[str]
+    oracle_checkpoint: Path,
+    tmp_path: Path,
+    picture: str,
+    film: str,
+    capsys: pytest.CaptureFixture[str],
+    system: list[str],
 ) -> None:
     Image.new("RGB", (9000, 3)).save(tmp_path / "thin.png")
     arguments = ["generate", "--model", str(oracle_checkpoint), "--quiet", "--image", picture, *system]
     for more, message in [
         (["--image", str(tmp_path / "thin.png"), "?"], f"--image {tmp_path / 'thin.png'}: image of 9000x3 is too long"),
         (["<|audio_1|>?"], "PROMPT: <|audio_1|> has no audio; PROMPT has 1 audio tag(s) and 0 audio part(s)"),
+        (
+            ["--video", film, "<|image_1|>?"],
+            f"--video {film}: a message with a video has no image tags, but PROMPT has",
+        ),
         (["--image", picture, "<|image_1|>?"], f"--image {picture}: no tag for this image; PROMPT has 1"),
     ]:
         assert cli.main([*arguments, *more]) == 2
@@ -297,15 +317,16 @@ def test_restart_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_model_answers(
-    oracle_checkpoint: Path, picture: str, clip: str, capsys: pytest.CaptureFixture[str]
+    oracle_checkpoint: Path, picture: str, clip: str, film: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = ["--max-tokens", "3", "--logprobs", "1", "--ignore-eos"]
-    media = ["--image", picture, "--audio", clip]
+    media = ["--image", picture, "--audio", clip, "--video", film]
     assert cli.main(["generate", "--model", str(oracle_checkpoint), "--json", *sampling, *media, "Hello"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["token_ids"]) == len(answer["logprobs"]) == 3
     assert answer["finish_reason"] == "length"
     assert answer["usage"]["image_tokens"] > 0 and answer["usage"]["audio_tokens"] > 0
+    assert answer["usage"]["video_frames"] == 2
 
 
 # --- info ----------------------------------------------------------------------------------------------------
@@ -387,20 +408,21 @@ def test_ctrl_c_stops_only_the_answer(model: FakeModel, capsys: pytest.CaptureFi
 
 
 def test_chat_attaches_to_one_message(
-    model: FakeModel, picture: str, clip: str, capsys: pytest.CaptureFixture[str]
+    model: FakeModel, picture: str, clip: str, film: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = TerminalChat(model)
     assert chat.handle("/image absent.png")
     assert capsys.readouterr().err == "error: /image absent.png: no such file\n"
-    for line in ("/image", "/audio ", "/IMAGE ''"):
+    for line in ("/image", "/audio ", "/video", "/IMAGE ''"):
         chat.handle(line)
         assert capsys.readouterr() == (f"usage: {line.split()[0].lower()} PATH\n", "")
     chat.handle(f"/audio {clip}")
     chat.handle(f"/IMAGE '{picture}'")
+    chat.handle(f"/video {film}")
     chat.handle("One")
     chat.handle("Two")
     first, _, second = model.asked[-1][0]
-    assert [part["type"] for part in first["content"]] == ["audio", "image", "text"]
+    assert [part["type"] for part in first["content"]] == ["audio", "image", "video", "text"]
     assert [part["type"] for part in second["content"]] == ["text"]
 
 

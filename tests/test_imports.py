@@ -22,7 +22,7 @@ RULES: dict[str, set[str]] = {
     "phi4mm_jax.config": set(),
     "phi4mm_jax.config.runtime": {"jax", "phi4mm_jax.config"},  # inside auto(), which asks for the devices
     "phi4mm_jax.processing": {
-        *("numpy", "PIL", "soundfile", "soxr", "tokenizers"),
+        *("av", "numpy", "PIL", "soundfile", "soxr", "tokenizers"),
         "phi4mm_jax.config",
     },
     "phi4mm_jax.models": {"jax", "flax", *_NUMERIC, "phi4mm_jax.config", "pallas_kernels"},
@@ -39,6 +39,11 @@ RULES: dict[str, set[str]] = {
         *("fastapi", "llguidance", "numpy", "prometheus_client", "pydantic", "starlette", "uvicorn"),
         *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime"),
         *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
+    },
+    "phi4mm_jax.mistralrs": {
+        *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime", "phi4mm_jax.weights"),
+        *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
+        *("phi4mm_jax.serving.calls", "phi4mm_jax.serving.grammar", "phi4mm_jax.serving.tools"),  # without a server
     },
 }
 

@@ -77,7 +77,7 @@ class EngineConfig(Settings):
     """Most tokens per row and dispatch."""
     stream_steps: int = 1
     """The same while a caller is streaming."""
-    stream_chunk: int = 256
+    stream_chunk: int = 128
     """Longest chunk of a prompt while callers are streaming, whose tokens wait for it."""
     guessed_tokens: int = 0
     """Tokens that each decode step checks beyond the next one, guessed from what stands earlier in the sequence:

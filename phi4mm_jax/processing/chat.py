@@ -13,6 +13,9 @@ these are the places of its own media of that kind, in order of appearance; as i
 nothing, but each may stand only once in a message. Tags of a message without media parts of their kind take the media
 that are given beside the conversation, in order. Tags and media must come out even in every message. Nothing else in
 text has a meaning: `<|end|>` in a message is five letters and four signs.
+
+A video stands where its part stands and is as many pictures, one beside the other, as it has frames to show. Tags for
+pictures in the same message would leave open whose places they are, and are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from phi4mm_jax.processing.tokenizer import Control
 _ROLES = ("system", "user", "assistant", "tool")
 
 Kind = Literal["image", "audio"]
+"""What a place can be of."""
 TAG = re.compile(r"(<\|(?:image|audio)_\d+\|>)")
 """The place of a medium in text; the group lets `split` keep the tags."""
 
@@ -43,14 +47,19 @@ def tag_kind(tag: str) -> Kind:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Medium:
-    """A picture or a recording of a conversation, not read yet."""
+    """A picture, recording or video of a conversation, not read yet."""
 
-    kind: Kind
-    """Which of the two."""
+    kind: Literal["image", "audio", "video"]
+    """Which of the three."""
     source: Any
-    """Whatever `load_image` or `load_audio` takes."""
+    """Whatever `load_image`, `load_audio` or `load_video` takes."""
     where: str
     """Where it stands in the conversation, for error messages."""
+
+    @property
+    def place(self) -> Kind:
+        """What its place is of: frames of a video are pictures."""
+        return "image" if self.kind == "video" else self.kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +69,7 @@ class Rendered:
     parts: list[str]
     """Text and `Control`; a medium's place is the control `<|image_1|>`, `<|audio_1|>`, ..."""
     images: list[Medium]
-    """In the order of their places."""
+    """Pictures and videos, in the order of their places; a video has one."""
     audios: list[Medium]
     """In the order of their places."""
 
@@ -194,12 +203,13 @@ def _part(part: Any, role: str, where: str, limits: MediaLimits) -> Iterator[_Pi
     if kind == "text":
         yield from _text(_string(value, where), role, where)
     elif role != "user":
-        raise ChatError(f"{where}: pictures and recordings belong in user messages, not in those of role {role}")
+        raise ChatError(f"{where}: media belong in user messages, not in those of role {role}")
     else:
-        source = _PART_TYPES[kind](value, where, limits)
+        medium, source_of = _PART_TYPES[kind]
+        source = source_of(value, where, limits)
         if isinstance(value, Mapping) and kind in _KEYS:
             where = f"{where}.{_KEYS[kind]}"
-        yield Medium("image" if kind.startswith("image") else "audio", source, where)
+        yield Medium(medium, source, where)
 
 
 def _url(value: Any, where: str, limits: MediaLimits) -> str:
@@ -224,14 +234,16 @@ def _as_it_is(value: Any, where: str, limits: MediaLimits) -> Any:
 
 _PART_TYPES = {
     "text": None,
-    "image_url": _url,
-    "audio_url": _url,
-    "input_audio": _input_audio,
-    "image": _as_it_is,
-    "audio": _as_it_is,
+    "image_url": ("image", _url),
+    "audio_url": ("audio", _url),
+    "video_url": ("video", _url),
+    "input_audio": ("audio", _input_audio),
+    "image": ("image", _as_it_is),
+    "audio": ("audio", _as_it_is),
+    "video": ("video", _as_it_is),
 }
-"""How the source of each type of part is found."""
-_KEYS = {"image_url": "url", "audio_url": "url", "input_audio": "data"}
+"""What each type of part holds, and how its source is found."""
+_KEYS = {"image_url": "url", "audio_url": "url", "video_url": "url", "input_audio": "data"}
 """Where it lies in a part that is a mapping."""
 
 
@@ -295,9 +307,11 @@ def _bind(pieces: list[_Piece], kind: Kind, where: str, given: deque[Medium]) ->
       The message without the parts whose media go to tags, and the media in the order of their places.
     """
     tags = [p for p in pieces if isinstance(p, _Tag) and p.kind == kind]
-    own = [p for p in pieces if isinstance(p, Medium) and p.kind == kind]
+    own = [p for p in pieces if isinstance(p, Medium) and p.place == kind]
     if not tags:
         return pieces, own
+    if videos := [p for p in own if p.kind == "video"]:
+        raise ChatError(f"{videos[0].where}: a message with a video has no {kind} tags, but {tags[0].where} has one")
     last = {tag.text: tag for tag in tags}
     if twice := [tag for tag in tags if last[tag.text] is not tag]:
         tag = last[twice[0].text]
@@ -308,7 +322,7 @@ def _bind(pieces: list[_Piece], kind: Kind, where: str, given: deque[Medium]) ->
     media = own or [given.popleft() for _ in tags[: len(given)]]
     if len(media) < len(tags):
         raise ChatError(f"{tags[len(media)].where}: {tags[len(media)].text} has no {kind}; {counts}")
-    return [p for p in pieces if not (isinstance(p, Medium) and p.kind == kind)], media
+    return [p for p in pieces if not (isinstance(p, Medium) and p.place == kind)], media
 
 
 def _parts(pieces: list[_Piece], media: Mapping[Kind, list[Medium]]) -> list[str]:
@@ -318,7 +332,7 @@ def _parts(pieces: list[_Piece], media: Mapping[Kind, list[Medium]]) -> list[str
         if isinstance(piece, _Tag):
             parts.append(Control(piece.text))
         elif isinstance(piece, Medium):
-            parts.append(Control(f"<|{piece.kind}_{media[piece.kind].index(piece) + 1}|>"))
+            parts.append(Control(f"<|{piece.place}_{media[piece.place].index(piece) + 1}|>"))
         elif isinstance(piece, Control) or not parts or isinstance(parts[-1], Control):
             parts.append(piece)
         else:

@@ -55,7 +55,7 @@ def load_image(source: ImageSource, limits: MediaLimits) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source, limits).convert("RGB")
     if isinstance(source, Image.Image):
-        _check_pixels(source.size, name, limits)
+        check_pixels(source.size, name, limits)
         return _decoded(source, name, lambda image: image.convert("RGB"))
     data = read(source, limits, IMAGE_SOURCES)
     try:
@@ -66,7 +66,7 @@ def load_image(source: ImageSource, limits: MediaLimits) -> Image.Image:
         raise MediaError(f"{name}: image has more pixels than the limit of {limits.max_pixels}") from None
     except Exception:  # decoders raise anything on damaged headers
         raise MediaError(f"{name}: not an image, or damaged; accepted: {', '.join(_available_formats())}") from None
-    _check_pixels(image.size, name, limits)
+    check_pixels(image.size, name, limits)
     with image:
         return _decoded(image, name, _as_shown)
 
@@ -77,7 +77,8 @@ def _available_formats() -> tuple[str, ...]:
     return tuple(f for f in _FORMATS if f in Image.OPEN)
 
 
-def _check_pixels(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
+def check_pixels(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
+    """Raises a MediaError if a picture of (width, height) has none or too many pixels."""
     if size[0] * size[1] > limits.max_pixels:
         raise MediaError(f"{name}: image of {size[0]}x{size[1]} exceeds the limit of {limits.max_pixels} pixels")
     if not size[0] * size[1]:
@@ -88,7 +89,7 @@ def _from_array(array: np.ndarray, limits: MediaLimits) -> Image.Image:
     pixels = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
         raise MediaError(f"image array of shape {array.shape}; expected [H, W], [H, W, 3] or [H, W, 4]")
-    _check_pixels((pixels.shape[1], pixels.shape[0]), "image array", limits)
+    check_pixels((pixels.shape[1], pixels.shape[0]), "image array", limits)
     if np.issubdtype(pixels.dtype, np.floating):
         if not (pixels.min() >= 0 and pixels.max() <= 1):  # false for NaN too
             raise MediaError("float image array with values outside 0 to 1")

@@ -20,16 +20,19 @@ _NAME_LENGTH = 200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """What one picture or recording may cost."""
+    """What one picture, recording or video may cost."""
 
     max_bytes: int = 200_000_000
     """Largest file or download."""
     timeout_s: float = 30.0
-    """Longest download; a server that stays silent for 10 s is given up earlier."""
+    """Longest download, where a server that stays silent for 10 s is given up earlier; and longest decoding of a
+    video."""
     max_pixels: int = 178_956_970
-    """Largest picture, as its header declares it; Pillow itself refuses more than this default."""
+    """Largest picture or frame, as its header declares it; Pillow itself refuses more than this default."""
     max_audio_seconds: float = 10_485.0
     """Longest recording; 131072 tokens of 80 ms are as much as the model's context holds."""
+    max_frames: int = 8
+    """Most frames that a video is taken as; of a video of fewer seconds, one a second."""
     local_files: bool = True
     """Whether paths and file:// URLs may be read; a public server should say no, or name a directory."""
     directory: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from phi4mm_jax.processing.images import IMAGE_SOURCES, ImageSource, image_featu
 from phi4mm_jax.processing.media import MediaLimits
 from phi4mm_jax.processing.prompt import AudioFeatures, ImageFeatures, MediaError, Prompt, PromptError
 from phi4mm_jax.processing.tokenizer import Control, Tokenizer
+from phi4mm_jax.processing.video import load_video
 
 
 class Processor:
@@ -61,7 +63,7 @@ class Processor:
 
         Raises:
           ChatError: the conversation is malformed.
-          MediaError: a picture or a recording cannot be used.
+          MediaError: a picture, recording or video cannot be used.
           PromptError: text cannot be encoded.
         """
         rendered = render(
@@ -72,7 +74,9 @@ class Processor:
             limits=self.limits,
         )
         ids = self.tokenizer.encode_parts(map(self._without_tag, rendered.parts))
-        return self._expanded(ids, self._features(rendered.images), self._features(rendered.audios))
+        images, audios = self._features(rendered.images), self._features(rendered.audios)
+        frames = sum(len(f) for f, medium in zip(images, rendered.images, strict=True) if medium.kind == "video")
+        return dataclasses.replace(self._expanded(ids, images, audios), video_frames=frames)
 
     def raw(
         self,
@@ -96,27 +100,32 @@ class Processor:
         if isinstance(prompt, str):
             text = TAG.sub(lambda tag: self._placeholders[tag_kind(tag[0])], prompt)
             return self._expanded(self.tokenizer.encode(text, allow_special=True), *features)
-        return self._checked(prompt, *features)
+        return self._checked(prompt, *map(_joined, features))
 
     def _without_tag(self, part: str) -> str:
         """Returns the placeholder token for the place of a medium, and any other part as it is."""
         is_tag = isinstance(part, Control) and TAG.fullmatch(part)
         return self._placeholders[tag_kind(part)] if is_tag else part
 
-    def _features(self, media: Sequence[Medium]) -> list[Any]:
+    def _features(self, media: Sequence[Medium]) -> list[list[Any]]:
         """Reads media; an error says where in the input it lies."""
         features = []
         for medium in media:
             try:
-                if medium.kind == "image":
-                    features.append(image_features(load_image(medium.source, self.limits), self.config.vision))
-                else:
-                    features.append(audio_features(*load_audio(medium.source, self.limits), self.config.audio))
+                features.append(self._features_of(medium))
             except MediaError as error:
                 raise MediaError(f"{medium.where}: {error}") from error
         return features
 
-    def _expanded(self, ids: list[int], images: list[ImageFeatures], audios: list[AudioFeatures]) -> Prompt:
+    def _features_of(self, medium: Medium) -> list[ImageFeatures] | list[AudioFeatures]:
+        """Reads one medium; the frames of a video are pictures."""
+        if medium.kind == "audio":
+            return [audio_features(*load_audio(medium.source, self.limits), self.config.audio)]
+        is_video = medium.kind == "video"
+        pictures = load_video(medium.source, self.limits) if is_video else [load_image(medium.source, self.limits)]
+        return [image_features(picture, self.config.vision) for picture in pictures]
+
+    def _expanded(self, ids: list[int], images: list[list[ImageFeatures]], audios: list[list[AudioFeatures]]) -> Prompt:
         """Repeats each placeholder as often as its medium has tokens."""
         token_ids = np.asarray(ids, np.int32)
         repeats = np.ones(len(ids), np.intp)
@@ -124,8 +133,8 @@ class Processor:
             places = token_ids == getattr(self.config.tokens, kind)
             if places.sum() != len(media):
                 raise PromptError(f"the prompt has {places.sum()} {kind} placeholders for {len(media)} {kind}s")
-            repeats[places] = [medium.num_tokens for medium in media]
-        return self._checked(np.repeat(token_ids, repeats), images, audios)
+            repeats[places] = [sum(f.num_tokens for f in features) for features in media]
+        return self._checked(np.repeat(token_ids, repeats), _joined(images), _joined(audios))
 
     def _checked(
         self, ids: Sequence[int] | np.ndarray, images: list[ImageFeatures], audios: list[AudioFeatures]
@@ -148,6 +157,10 @@ class Processor:
             if found != expected:
                 raise PromptError(f"the prompt has {found} {kind} tokens, its {len(media)} {kind}s have {expected}")
         return Prompt(token_ids.astype(np.int32), tuple(images), tuple(audios))
+
+
+def _joined(features: list[list[Any]]) -> list[Any]:
+    return [f for of_medium in features for f in of_medium]
 
 
 def _media(kind: Kind, sources: Sequence[Any] | None) -> list[Medium]:

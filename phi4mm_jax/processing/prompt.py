@@ -16,7 +16,7 @@ VIEW_SEPARATOR = -2
 
 
 class MediaError(ValueError):
-    """A picture or a recording cannot be used; the message names it and what is accepted."""
+    """A picture, recording or video cannot be used; the message names it and what is accepted."""
 
 
 class ChatError(ValueError):
@@ -86,6 +86,8 @@ class Prompt:
     """In the order of their placeholders."""
     audios: tuple[AudioFeatures, ...] = ()
     """In the order of their placeholders."""
+    video_frames: int = 0
+    """How many of the images are frames of videos."""
 
     @property
     def mode(self) -> InputMode:

@@ -238,14 +238,20 @@ class Engine:
         Args:
           max_steps: most tokens of each row to decode.
           max_calls: most calls of encoders and prefill before that, so that rows that are decoding need not wait
-            longer; None for all there are.
+            longer; more where the rows that wait for them are several times as many. None for all there are.
         """
         if not self._rows:
             self._adapters, self._kind = set(), "greedy"
         self._admit()
         self._rebuild()
-        work = self._work(max_calls is not None)
-        for _ in itertools.islice(work, max_calls):
+        rows = self._rows
+        decoding = sum(row.decoding for row in rows)
+        if max_calls and decoding:
+            max_calls *= max(1, (len(rows) - decoding) // decoding)
+        longest = None
+        if max_calls is not None and decoding:  # two tokens for each row that waits are no longer than its own step
+            longest = max(self._steps.runtime.engine.stream_chunk, 2 * decoding)
+        for _ in itertools.islice(self._work(max_calls is not None, longest), max_calls):
             while len(self._in_flight) > 1:  # the host stays near, so that a request can end before its prefill does
                 self._in_flight.popleft().block_until_ready()
         in_flight = self._dispatch(max_steps)
@@ -332,13 +338,12 @@ class Engine:
 
     # --- encoders and prefill --------------------------------------------------------------------------------
 
-    def _work(self, is_hurried: bool) -> Iterator[None]:
+    def _work(self, is_hurried: bool, longest: int | None) -> Iterator[None]:
         """Makes the calls of encoders and prefill that there are, one each time it is advanced.
 
-        In a hurry, what is ready goes before what is not, and in short chunks; otherwise all media are encoded first,
-        so that more prompts share a call.
+        In a hurry what is ready goes before what is not; otherwise all media are encoded first, so that more prompts
+        share a call. `longest` limits the chunks of prompts.
         """
-        longest = self._steps.runtime.engine.stream_chunk if is_hurried else None
         while True:
             ready = [row for row in self._rows if not row.decoding and row.is_encoded]
             if ready and (is_hurried or not self._encoder_calls):

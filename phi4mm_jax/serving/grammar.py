@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -28,9 +30,14 @@ MAX_TEXT = 16_384
 """Most characters of a regular expression or a Lark grammar; the time to compile grows with its square or faster."""
 MAX_SIZE = 131_072
 """Most characters of a definition with its JSON schemas, as compact JSON."""
+MAX_MULTIPLE = 100_000
+"""Most units of the last decimal in the least common multiple of every `multipleOf`; a digit's choice takes 5 us each,
+which no limit of llguidance counts."""
 
 _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 """Between the parts of JSON: what one line and indented lines need, so that a model cannot go on with it forever."""
+_LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json)\s*(?=\{)')
+"""What may hold a brace: strings, comments, regular expressions, schemas."""
 _STACK = 256 << 20
 """Bytes; a chain of references in MAX_SIZE characters takes 40 MB."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 2 kB a state
@@ -94,18 +101,23 @@ class Grammars:
         Raises:
           GrammarError: naming what is wrong or not supported.
         """
-        named = [{"name": name, "json_schema": _with_options(schema)} for name, schema in (schemas or {}).items()]
-        controls = [i for name, i in self._tokenizer.control_ids.items() if name in _checked(text)]
-        return self._compile({"grammars": [{"lark_grammar": text}, *named]}, controls)
+        body, inline = _inline_schemas(_checked(text))
+        named = {**inline, **(schemas or {})}
+        grammars = [{"name": name, "json_schema": _with_options(schema)} for name, schema in named.items()]
+        controls = [i for name, i in self._tokenizer.control_ids.items() if name in text]
+        return self._compile({"grammars": [{"lark_grammar": body}, *grammars]}, controls)
 
     def _compile(self, definition: Mapping[str, Any], controls: Iterable[int] = ()) -> Grammar:
         try:
             text = json.dumps(definition, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             text.encode()  # which lone surrogates fail
+            multiple = _common_multiple([Decimal(str(number)).normalize() for number in _multiples(definition)])
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"cannot be written as JSON ({shorten(error)})") from None
         if len(text) > MAX_SIZE:
             raise GrammarError(f"has {len(text)} characters as JSON; at most {MAX_SIZE} are accepted")
+        if multiple > MAX_MULTIPLE:
+            raise GrammarError(f"multipleOf: more than {MAX_MULTIPLE} units of the last decimal, all of them together")
         return self._compiler.submit(self._build, text, controls).result()
 
     # --- the compiler's thread -------------------------------------------------------------------------------
@@ -213,6 +225,40 @@ def _with_options(schema: Any) -> dict[str, Any]:
         raise GrammarError("expected a JSON schema, which is a mapping, as is its x-guidance")
     bounded = {} if "whitespace_flexible" in options else {"whitespace_pattern": _WHITESPACE}
     return {**schema, "x-guidance": {**bounded, **options}}
+
+
+def _inline_schemas(text: str) -> tuple[str, dict[str, Any]]:
+    """Moves the schemas of `%json {...}` out of a Lark grammar, where they are treated as any others."""
+    body, schemas, end = "", {}, 0
+    while found := _LARK.search(text, end):
+        body, end = body + text[end : found.start()], found.end()
+        if found["json"] is None:
+            body += found[0]
+            continue
+        name = f"inline_schema_{len(schemas)}"
+        try:
+            schemas[name], end = json.JSONDecoder().raw_decode(text, end)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"%json: {shorten(error)}") from None
+        body += f"@{name} "
+    return body + text[end:], schemas
+
+
+def _multiples(value: Any) -> Iterator[int | float]:
+    """Every `multipleOf` of a definition."""
+    if isinstance(value, Mapping):
+        if isinstance(number := value.get("multipleOf"), int | float):
+            yield number
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _multiples(item)
+
+
+def _common_multiple(numbers: Sequence[Decimal]) -> int:
+    """In units of the last decimal of any."""
+    decimals = max((-number.as_tuple().exponent for number in numbers), default=0)
+    return math.lcm(*(int(number.scaleb(max(decimals, 0))) for number in numbers))
 
 
 def _reason(error: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,18 +129,16 @@ def call_grammar(grammars: Grammars, tools: Sequence[Tool], *, parallel: bool = 
     Raises:
       ToolError: a tool's parameters cannot be expressed; for tools that are not strict, what cannot is left out.
     """
-    rules = ['start: <|tool_call|> "[" call (", " call)* "]" <|/tool_call|>']
-    if not parallel:
-        rules = ['start: <|tool_call|> "[" call "]" <|/tool_call|>']
-    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    for i, tool in enumerate(tools):
-        opening = f'{{"name": "{tool.name}", "arguments": '  # as the prompt writes earlier calls
-        rules.append(f'call_{i}: {json.dumps(opening)} @arguments_{i} "}}"')
+    functions = [f'"{tool.name}\\", \\"arguments\\": " @arguments_{i}' for i, tool in enumerate(tools)]
+    text = f"""
+        start: <|tool_call|> "[" call {'(", " call)*' if parallel else ""} "]" <|/tool_call|>
+        call: "{{\\"name\\": \\"" ({" | ".join(functions)}) "}}"
+    """  # written as the prompt writes earlier calls
     schemas = [
         tool.parameters if tool.strict else {**tool.parameters, "x-guidance": {"lenient": True}} for tool in tools
     ]
     try:
-        return grammars.lark("\n".join(rules), {f"arguments_{i}": schema for i, schema in enumerate(schemas)})
+        return grammars.lark(text, {f"arguments_{i}": schema for i, schema in enumerate(schemas)})
     except ValueError as error:
         for tool, schema in zip(tools, schemas, strict=True):  # whose fault it is
             try:

@@ -42,7 +42,7 @@ def resolve(
     name_or_directory: str | Path,
     *,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
@@ -55,7 +55,7 @@ def resolve(
       name_or_directory: an existing directory, used as it is; "nano", the bundled model; or a repository such as
         "microsoft/Phi-4-multimodal-instruct".
       revision: branch, tag or commit; the default is "main".
-      token: access token; the default is the one saved by `hf auth login`.
+      token: access token; the default is the one saved by `hf auth login`, False is none.
       local_files_only: fail rather than fetch.
       weights: whether tensors are needed; without, only configuration and tokenizer are fetched.
 

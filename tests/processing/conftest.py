@@ -57,11 +57,3 @@ def media(shared: Path) -> Path:
     if not path.is_dir():
         pytest.skip(f"no media at {path}")
     return path
-
-
-@pytest.fixture(scope="session")
-def released_tokenizer_directory(shared: Path) -> Path:
-    path = shared / "tokenizer"
-    if not (path / "tokenizer.json").is_file():
-        pytest.skip(f"no tokenizer at {path}")
-    return path

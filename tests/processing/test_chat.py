@@ -29,6 +29,10 @@ def audio(source: object = "a.wav") -> dict:
     return {"type": "audio_url", "audio_url": source}
 
 
+def video(source: object = "v.mp4") -> dict:
+    return {"type": "video_url", "video_url": {"url": source}}
+
+
 def joined(rendered: Rendered) -> str:
     return "".join(rendered.parts)
 
@@ -135,6 +139,29 @@ def test_media_beside_the_conversation_fill_tags_of_messages_without_media() -> 
         render(user(image("own"), text("<|image_1|> <|image_2|>")), media=given("a"))
 
 
+def test_a_video_has_the_place_of_a_picture() -> None:
+    messages = [
+        *user(image("1"), video("2"), text("a"), image("3")),
+        *user(video("4"), audio("5"), text("<|audio_1|>")),
+        *user(text("<|image_1|>")),
+    ]
+    rendered = render(messages, media=[Medium("image", "6", "images[0]")])
+    assert joined(rendered) == (
+        "<|user|><|image_1|><|image_2|>a<|image_3|><|end|><|user|><|image_4|><|audio_1|><|end|>"
+        "<|user|><|image_1|><|end|><|assistant|>"
+    )
+    assert [m.source for m in rendered.images] == ["1", "2", "3", "4", "6"]
+
+
+@pytest.mark.parametrize("more", [[], [image()]])
+def test_videos_and_tags_of_pictures_do_not_go_together(more: list) -> None:
+    with pytest.raises(
+        ChatError,
+        match=r"^messages\[0\]\.content\[0\]\.video_url: a message with a video has no image tags, but messages\[0\]",
+    ):
+        render(user(video(), *more, text("<|image_1|>?")))
+
+
 @pytest.mark.parametrize(
     "messages, message",
     [
@@ -164,9 +191,12 @@ def test_every_type_of_part() -> None:
             {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}},
             {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{content}"}},
             {"type": "audio", "audio": ([0.0], 16_000)},
+            {"type": "video_url", "video_url": "x"},
+            {"type": "video", "video": ["frame"]},
         )
     )
-    assert [m.source for m in rendered.images] == ["u", "v", b"picture"]
+    assert [m.source for m in rendered.images] == ["u", "v", b"picture", "x", ["frame"]]
+    assert [m.kind for m in rendered.images] == ["image"] * 3 + ["video"] * 2
     assert [m.source for m in rendered.audios] == ["w", b"sound", f"data:audio/wav;base64,{content}", ([0.0], 16_000)]
 
 
@@ -218,7 +248,9 @@ def assistant(**fields: object) -> list[dict]:
         (user("Hi"), r"messages\[0\]\.content\[0\]: expected a mapping with a type, got str"),
         (user({"text": "Hi"}), r"content\[0\]\.type is None; accepted: text, image_url"),
         (user({"type": "\n" * 999}), r"content\[0\]\.type is '[\\n]+\.\.\.[\\n]+'; accepted"),
-        (user({"type": "video_url"}), r"content\[0\]\.type is 'video_url'; accepted"),
+        (user({"type": "film"}), r"content\[0\]\.type is 'film'; accepted: text, .*video_url"),
+        (user({"type": "video_url"}), r"content\[0\]: a part of type video_url needs the key 'video_url'"),
+        ([{"role": "assistant", "content": [video()]}], r"content\[0\]\.video_url: .* belong in user messages"),
         (user({"type": ["text"], "text": ""}), r"content\[0\]\.type is \['text'\]; accepted"),
         (user({"type": "text"}), r"content\[0\]: a part of type text needs the key 'text'"),
         (user({"type": "text", "text": 1}), r"content\[0\]\.text: expected a string, got int"),

@@ -33,6 +33,34 @@ def test_conversation(processor: Processor, tokenizer: Tokenizer) -> None:
     assert [i.num_tokens for i in prompt.images] == [13, 13] and [a.num_tokens for a in prompt.audios] == [13]
 
 
+def test_a_video_is_its_frames_side_by_side(processor: Processor, tokenizer: Tokenizer) -> None:
+    frames = np.stack([np.full((56, 56, 3), value, np.uint8) for value in (0, 100, 200)])
+    wide = Image.new("RGB", (112, 56))  # 17 tokens
+    content = [
+        {"type": "image", "image": wide},
+        {"type": "text", "text": "a"},
+        {"type": "video", "video": frames},
+        {"type": "text", "text": "b"},
+        {"type": "image", "image": wide},
+        {"type": "video", "video": [PICTURE]},
+    ]
+    prompt = processor.conversation([{"role": "user", "content": content}])
+    a, b = (tokenizer.encode(letter, allow_special=False) for letter in "ab")
+    expected = [503, *[500] * 17, *a, *[500] * 3 * 13, *b, *[500] * (17 + 13), 506, 502]
+    assert prompt.token_ids.tolist() == expected
+    assert [image.num_tokens for image in prompt.images] == [17, 13, 13, 13, 17, 13]
+    assert prompt.video_frames == 4 and prompt.mode is InputMode.VISION
+    levels = [image.crops[0].mean() for image in prompt.images[1:4]]
+    np.testing.assert_allclose(levels, np.array([0, 100, 200]) / 127.5 - 1, atol=1e-5)
+    assert processor.conversation([{"role": "user", "content": "Hi"}]).video_frames == 0
+
+
+def test_the_number_of_frames_is_a_limit(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    processor = Processor(config, tokenizer, MediaLimits(max_frames=2))
+    content = [{"type": "video", "video": np.zeros((9, 56, 56, 3), np.uint8)}]
+    assert processor.conversation([{"role": "user", "content": content}]).video_frames == 2
+
+
 @pytest.mark.parametrize(
     "images, audios, mode",
     [([], [], "LANGUAGE"), ([PICTURE], [], "VISION"), ([], [CLIP], "SPEECH"), ([PICTURE], [CLIP], "VISION_SPEECH")],
@@ -94,6 +122,9 @@ def test_messages_say_where(processor: Processor) -> None:
         processor.conversation([{"role": "user", "content": parts}])
     with pytest.raises(MediaError, match=r"^audios\[1\]: audio of 1 ms is too short"):
         processor.raw("<|audio_1|><|audio_2|>", audios=[CLIP, (np.zeros(16), 16_000)])
+    parts = [{"type": "video", "video": [PICTURE, "/no/such/file.png"]}]
+    with pytest.raises(MediaError, match=r"^messages\[0\]\.content\[0\]\.video: frame 1: /no/such/file.png: no such"):
+        processor.conversation([{"role": "user", "content": parts}])
     with pytest.raises(ChatError, match=r"messages\[0\]\.role"):
         processor.conversation([{"role": "robot", "content": ""}])
 

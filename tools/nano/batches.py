@@ -210,9 +210,15 @@ class SeeingBatches:
     _CROPS = 32
     _TILES, _SHARES = ((1, 1), (2, 1), (3, 2)), (0.84, 0.1, 0.06)
 
-    def __init__(self, run: Run, rise: float):
-        """Opens the data; over a share `rise` of the training everything grows as hard as it gets."""
-        self._run, self._rise = run, rise * run.steps
+    def __init__(self, run: Run, rise: float = 0.0, says: bool = True):
+        """Opens the data.
+
+        Args:
+          run: what is trained.
+          rise: share of the training over which everything grows as hard as it gets.
+          says: whether image tokens learn to say it in the decoder's words, beside what patches show.
+        """
+        self._run, self._rise, self._says = run, rise * run.steps, says
 
     def __call__(self, index: int) -> Batch:
         """Makes batch `index`."""
@@ -229,8 +235,10 @@ class SeeingBatches:
                 break
             pictures.append(picture)
             images.append(image)
-        arrays = _crop_arrays(images, self._CROPS)
-        return Batch(**arrays, **label_arrays(self._run, pictures, images, self._CROPS))
+        labels = label_arrays(self._run, pictures, images, self._CROPS)
+        if not self._says:
+            del labels["named"], labels["naming"]
+        return Batch(**_crop_arrays(images, self._CROPS), **labels)
 
 
 def _hardest(index: int, rise: float) -> float:

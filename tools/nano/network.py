@@ -124,7 +124,8 @@ class Network:
             losses["patches"] = _patch_loss(_head(leaves, "patches", patches), batch.labels)
             losses["prints"] = _patch_loss(_head(leaves, "prints", patches), batch.prints)
             seen = model.vision.project(patches)
-            losses["named"] = _naming_loss(seen, model.text.embed, batch)
+            if batch.named is not None:
+                losses["named"] = _naming_loss(seen, model.text.embed, batch)
         if batch.letters is not None:
             counts = self._num_tokens(batch)
             spelled = _head(leaves, "letters", heard).reshape(len(counts), CTC_STEPS * heard.shape[1], -1)

@@ -65,13 +65,20 @@ STAGES = {
         answers=False,
         hears=True,
     ),
-    "seeing": Stage(
-        trained=(*_EYE, "vision.projector.*"),
-        batches=partial(SeeingBatches, rise=0.3),
-        steps=20000,
+    "looking": Stage(
+        trained=_EYE,
+        batches=partial(SeeingBatches, rise=0.5, says=False),
+        steps=12000,
         learning_rate=1.2e-3,
         answers=False,
-        after=("comparing",),
+    ),
+    "seeing": Stage(
+        trained=(*_EYE, "vision.projector.*"),
+        batches=SeeingBatches,
+        steps=8000,
+        learning_rate=1e-3,
+        answers=False,
+        after=("comparing", "looking"),
     ),
     "speech": Stage(
         trained=_EAR + _SPEECH,

@@ -2,10 +2,11 @@
 
     python -m tools.nano.train OUT [--stage NAME [--adopt CHECKPOINT]]
 
-text, comparing: the decoder, which is frozen from then on. hearing, seeing: the encoders, by auxiliary heads that spell
-what is said (CTC) and name what each patch shows. speech: speech encoder, its projector and the speech LoRA. vision:
-the same for pictures. spoken: the projector that speech takes beside a picture, and the vision LoRA. text and hearing
-depend on nothing, so they may run side by side; so may speech with seeing and vision.
+text, comparing: the decoder, which is frozen from then on. hearing, looking: the encoders, by auxiliary heads that
+spell what is said (CTC) and name what each patch shows. seeing: image tokens that say it. speech, listening: speech
+encoder, its projector and the speech LoRA. vision: the same for pictures. spoken: the projector that speech takes
+beside a picture, and the vision LoRA. text, hearing and looking depend on nothing, so they may run side by side; so may
+speech with seeing and vision.
 
 --adopt takes what a stage learns from a checkpoint such as phi4mm_jax/assets/nano instead of training it, so that the
 stages after it can be trained further without those before.
