@@ -122,7 +122,7 @@ class ChatFields(AnswerFields):
     messages: list[Message] = Field(
         min_length=1,
         description="Messages of role system (or developer), user, assistant, tool. A user's content is a string, or a "
-        "list of parts of type text, image_url, input_audio, audio_url.",
+        "list of parts of type text, image_url, input_audio, audio_url, video_url.",
         examples=[[{"role": "user", "content": "What is 21 plus 84?"}]],
     )
     max_completion_tokens: int | None = None
