@@ -19,6 +19,7 @@ from PIL import Image
 import phi4mm_jax
 from phi4mm_jax import cli
 from phi4mm_jax.config import ConfigError
+from phi4mm_jax.serving.settings import ServerSettings
 from phi4mm_jax.terminal import TerminalChat
 
 
@@ -133,6 +134,44 @@ def test_every_option_reaches_the_library(model: FakeModel) -> None:
         "min_tokens": 2,
         "ignore_eos": True,
     }
+
+
+def test_every_option_reaches_the_server(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("phi4mm_jax.serving.process.serve", lambda *args: served.append(args))
+    options = "--host 0.0.0.0 --port 80 --rows 2 --context 900 --max-waiting 5 --request-timeout 9 --drain-timeout 3 "
+    options += "--max-body-bytes 1000 --model-name a --model-name b --any-model-name --api-key k --cors-origin x "
+    options += "--media-directory /media --private-hosts --no-warm-up --verbose"
+    assert cli.main(["serve", "--model", "M", *options.split()]) == 0
+    ((asked, settings, verbose),) = served
+    assert (asked, model.loaded["name"], verbose) == (model, "M", True)
+    media = dataclasses.replace(ServerSettings().media, local_files=True, directory=Path("/media"), private_hosts=True)
+    assert settings == ServerSettings(
+        host="0.0.0.0",
+        port=80,
+        rows=2,
+        context=900,
+        max_waiting=5,
+        request_timeout_s=9,
+        drain_timeout_s=3,
+        max_body_bytes=1000,
+        model_names=("a", "b"),
+        any_model_name=True,
+        api_key="k",
+        cors_origins=("x",),
+        media=media,
+        warm_up=False,
+    )
+
+
+def test_a_server_is_closed_unless_it_is_opened(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("phi4mm_jax.serving.process.serve", lambda *args: served.append(args))
+    monkeypatch.setenv("PHI4MM_API_KEY", "from the environment")
+    assert cli.main(["serve"]) == 0
+    settings = served[0][1]
+    assert settings.api_key == "from the environment"
+    assert (settings.host, settings.media.local_files, settings.media.private_hosts) == ("127.0.0.1", False, False)
 
 
 def test_json_is_one_object(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
+            log_config=None,  # uvicorn's own would close the handlers of whoever runs the server
             log_level="info" if verbose else "warning",
             timeout_graceful_shutdown=settings.drain_timeout_s,
         )
