@@ -177,7 +177,11 @@ REFUSED = [
     ({"messages": "Hi"}, "messages", "list"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "accepted: system"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "string or a list"),
-    ({"messages": [*SUM, {"role": "user", "content": [{"type": "video"}]}]}, "messages[1].content[0].type", "accepted"),
+    (
+        {"messages": [*SUM, {"role": "user", "content": [{"type": "hologram"}]}]},
+        "messages[1].content[0].type",
+        "accepted",
+    ),
     ({"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0].image_url.url", "picture|image"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt", "5"),
 ]
