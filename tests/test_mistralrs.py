@@ -286,7 +286,7 @@ def test_sources_of_pictures(runner: Runner, form: str) -> None:
             MediaError,
             r"messages\[0\].content\[1\].*no\.png",
         ),
-        ([{"role": "user", "content": [text("a"), {"type": "video_url"}]}], ChatError, r"content\[1\].type is"),
+        ([{"role": "user", "content": [text("a"), {"type": "film"}]}], ChatError, r"content\[1\].type is"),
         ([{"role": "user", "content": [{"text": "a"}, 7]}], ChatError, r"content\[0\].type"),
         ([{"role": "assistant", "content": [image("a")]}], ChatError, "belong in user messages"),
     ],
@@ -708,7 +708,7 @@ def test_where_the_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         {"num_device_layers": ["0:16", "1:16"]},
         {"num_device_layers": ["1:500"]},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_absent_settings_of_the_runner(settings) -> None:
     (name,) = settings
@@ -730,7 +730,6 @@ def test_absent_settings_of_the_runner(settings) -> None:
         (Which.Plain, {"topology": "a"}),
         (Which.Plain, {"imatrix": "a"}),
     ],
-    ids=str,
 )
 def test_absent_settings_of_the_model(which, settings) -> None:
     (name,) = settings
@@ -762,7 +761,7 @@ def test_absent_settings_of_the_model(which, settings) -> None:
         {"input_files": []},
         {"adapter": "a"},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_absent_settings_of_a_request(settings) -> None:
     (name,) = settings

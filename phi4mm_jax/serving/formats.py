@@ -32,6 +32,7 @@ def usage(answers: Sequence[Usage], n: int = 1) -> dict[str, Any]:
             "cached_tokens": sum(u.cached_tokens for u in prompts),
             "audio_tokens": sum(u.audio_tokens for u in prompts),
             "image_tokens": sum(u.image_tokens for u in prompts),
+            "video_frames": sum(u.video_frames for u in prompts),
         },
     }
 

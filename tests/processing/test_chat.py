@@ -157,7 +157,7 @@ def test_a_video_has_the_place_of_a_picture() -> None:
 def test_videos_and_tags_of_pictures_do_not_go_together(more: list) -> None:
     with pytest.raises(
         ChatError,
-        match=r"^messages\[0\]\.content\[0\]\.video_url: a message with a video has no image tags, but messages\[0\]",
+        match=r"^messages\[0\]\.content\[0\]\.video_url\.url: a message with a video has no image tags",
     ):
         render(user(video(), *more, text("<|image_1|>?")))
 

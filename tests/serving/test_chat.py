@@ -53,6 +53,15 @@ def test_answers(client, case):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_a_video_is_seen(client):
+    (case,) = (case for case in CASES if case.expected == "moon")
+    frames = ["data:image/png;base64," + b64(path) for path in case.images]
+    parts = [{"type": "video", "video": frames}, {"type": "text", "text": case.prompt}]
+    answer = ask(client, [{"role": "user", "content": parts}])
+    assert answer.choices[0].message.content == case.expected
+    assert answer.usage.prompt_tokens_details.video_frames == len(frames)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
 def test_streams(client, case):
     *chunks, last = list(ask(client, as_openai(case), stream=True, stream_options={"include_usage": True}))
@@ -177,11 +186,7 @@ REFUSED = [
     ({"messages": "Hi"}, "messages", "list"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "accepted: system"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "string or a list"),
-    (
-        {"messages": [*SUM, {"role": "user", "content": [{"type": "hologram"}]}]},
-        "messages[1].content[0].type",
-        "accepted",
-    ),
+    ({"messages": [*SUM, {"role": "user", "content": [{"type": "film"}]}]}, "messages[1].content[0].type", "accepted"),
     ({"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0].image_url.url", "picture|image"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt", "5"),
 ]
