@@ -246,8 +246,8 @@ class Engine:
         self._rebuild()
         rows = self._rows
         decoding = sum(row.decoding for row in rows)
-        if max_calls and decoding:
-            max_calls *= max(1, (len(rows) - decoding) // decoding)
+        if max_calls and decoding:  # a row alone can wait; several would leave too few that decode
+            max_calls *= max(1, 4 * (len(rows) - decoding - 1) // decoding)
         longest = None
         if max_calls is not None and decoding:  # two tokens for each row that waits are no longer than its own step
             longest = max(self._steps.runtime.engine.stream_chunk, 2 * decoding)
