@@ -223,7 +223,8 @@ class Engine:
         order += [-1] * (batch - len(order))
         self._state = self._steps.resize(self._state, np.array(order, np.int32), batch=batch, length=length)
         self._slots = [self._slots[old] if old >= 0 else None for old in order]
-        self._left = [self._left[old].first(length - 1) if old >= 0 else NOTHING for old in order]
+        kept = length - 1 - self._steps.runtime.engine.guessed_tokens  # the rest is scratch
+        self._left = [self._left[old].first(kept) if old >= 0 else NOTHING for old in order]
         self._last_used = [self._last_used[old] if old >= 0 else 0 for old in order]
         for slot, row in enumerate(self._slots):
             if row:
