@@ -162,6 +162,7 @@ class Engine:
         self._last_used = [0] * batch
         self._clock = itertools.count(1)
         self._encoder_calls: deque[EncoderCall] = deque()
+        self._prefills_next = True  # where media and prompts take turns
         self._encodings = EncodingCache(_cached_tokens(steps))
         self._pending: deque[_Pending] = deque()
         self._in_flight: deque[jax.Array] = deque()  # results of calls that the host has not waited for
@@ -342,15 +343,17 @@ class Engine:
     def _work(self, is_hurried: bool, longest: int | None) -> Iterator[None]:
         """Makes the calls of encoders and prefill that there are, one each time it is advanced.
 
-        In a hurry what is ready goes before what is not; otherwise all media are encoded first, so that more prompts
-        share a call. `longest` limits the chunks of prompts.
+        In a hurry media and prompts take turns, so that neither keeps the other waiting; otherwise all media are encoded
+        first, so that more prompts share a call. `longest` limits the chunks of prompts.
         """
         while True:
             ready = [row for row in self._rows if not row.decoding and row.is_encoded]
-            if ready and (is_hurried or not self._encoder_calls):
-                self._prefill(ready, longest)
-            elif self._encoder_calls:
+            if self._encoder_calls and not (ready and is_hurried and self._prefills_next):
                 self._in_flight.append(self._encoder_calls.popleft().run(self._weights))
+                self._prefills_next = True
+            elif ready:
+                self._prefill(ready, longest)
+                self._prefills_next = False
             else:
                 return
             yield
