@@ -437,8 +437,8 @@ class Engine:
         return 1
 
     def _allowed(self, rows: Sequence[_Row | None]) -> np.ndarray | None:
-        """The tokens that each row may draw [R, V / 32] uint32; None if no row at work has a constraint."""
-        if not any(row and row.constraint for row in self._slots):
+        """The tokens that each row may draw [R, V / 32] uint32; None if none has a constraint."""
+        if not any(row and row.constraint for row in rows):
             return None
         words = -(-self._steps.model.text.vocab_size // 32)
         allowed = np.full((len(rows), words), 0xFFFFFFFF, np.uint32)
