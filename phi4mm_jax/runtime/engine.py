@@ -79,6 +79,8 @@ class _Row:
     media: list[Medium]
     contents: Contents
     """Of the whole prompt."""
+    keys: np.ndarray
+    """[T] int64: those of the prompt and of its answer so far, with room for the rest."""
     slot: int = -1
     encodings: list[Encoding] = dataclasses.field(default_factory=list)
     """Of its media, as long as it may have to be run again."""
@@ -121,9 +123,9 @@ class _Row:
 
     def held(self) -> Contents:
         """What its row of the cache holds for certain."""
-        keys = np.concatenate([self.contents.keys, np.asarray(self.tokens[:-1], np.int64)])
-        length = len(keys) if self.decoding else self.work.done if self.work else self.cached
-        return Contents(keys[:length], self.contents.kind)
+        known = len(self.prompt.token_ids) + max(len(self.tokens) - 1, 0)
+        length = known if self.decoding else min(self.work.done, known) if self.work else self.cached
+        return Contents(self.keys[:length], self.contents.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +187,9 @@ class Engine:
         stop_ids = () if params.ignore_eos else self._steps.model.tokens.eos
         media = media_of(self._steps, prompt)
         use_long = len(prompt.token_ids) > self._steps.model.text.original_max_position_embeddings
-        contents = Contents(prompt_keys(prompt, media), (adapter_for(prompt.mode), use_long))
-        row = _Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents)
+        keys = np.concatenate([prompt_keys(prompt, media), np.zeros(max_tokens, np.int64)])
+        contents = Contents(keys[: len(prompt.token_ids)], (adapter_for(prompt.mode), use_long))
+        row = _Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents, keys)
         row.mask = constraint.mask() if constraint else None
         self._waiting.append(row)
         return row.id
@@ -457,6 +460,7 @@ class Engine:
             if not row.live or not len(columns):
                 continue
             tokens = drawn.tokens[i, columns].tolist()
+            row.keys[len(row.prompt.token_ids) + len(row.tokens) :][: len(tokens)] = tokens
             row.tokens += tokens
             reason = None
             if tokens[-1] in row.stop_ids:
