@@ -207,6 +207,16 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def running(self) -> int:
+        """Requests with a row."""
+        return len(self._rows)
+
+    @property
+    def used(self) -> int:
+        """Positions that they fill, those of their whole prompts included."""
+        return sum(row.filled for row in self._rows)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._waiting or self._rows)
