@@ -43,8 +43,8 @@ class Request:
     constraint: Constraint | None = None
     """What its tokens must be like."""
     receive: Callable[[Piece | Exception], None] = lambda _: None
-    """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon. If it
-    fails, nobody listens any more, and the request ends."""
+    """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon. If
+    it fails, nobody listens any more, and the request ends."""
     streaming: bool = False
     """Whether every token is wanted at once, at the price of throughput."""
     timeout: float | None = None

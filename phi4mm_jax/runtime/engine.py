@@ -356,8 +356,8 @@ class Engine:
     def _work(self, is_hurried: bool, longest: int | None) -> Iterator[None]:
         """Makes the calls of encoders and prefill that there are, one each time it is advanced.
 
-        In a hurry media and prompts take turns, so that neither keeps the other waiting; otherwise all media are encoded
-        first, so that more prompts share a call. `longest` limits the chunks of prompts.
+        In a hurry media and prompts take turns, so that neither keeps the other waiting; otherwise all media are
+        encoded first, so that more prompts share a call. `longest` limits the chunks of prompts.
         """
         while True:
             ready = [row for row in self._rows if not row.decoding and row.is_encoded]
