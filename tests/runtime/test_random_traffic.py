@@ -143,6 +143,7 @@ def check(seed, count, plain, tested, prompts, shapes=SHAPES):
     return turns, engine.counts
 
 
+@pytest.mark.slow  # dozens of shapes to compile
 @pytest.mark.parametrize("guessed", [0, 3])
 def test_random_traffic(build, runtime, prompts, guessed):
     off = {"prefix_cache": False, "media_cache_mib": 0}
