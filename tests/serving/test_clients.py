@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from phi4mm_jax.demo import read_cases
 
+
 def b64(path):
     return base64.b64encode(path.read_bytes()).decode()
 
@@ -123,7 +124,8 @@ def test_langchain_streams(chat):
 
 
 @pytest.mark.parametrize(
-XX)
+    ("method", "strict"), [("json_schema", True), ("json_schema", None), ("function_calling", True)]
+)
 def test_langchain_structure(chat, method, strict):
     assert isinstance(chat.with_structured_output(Add, method=method, strict=strict).invoke(QUESTION), Add)
 
