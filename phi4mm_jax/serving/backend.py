@@ -57,11 +57,17 @@ class Backend:
         self._threads = ThreadPoolExecutor(settings.preparing_threads, thread_name_prefix="phi4mm-prepare")
         self._preparing = 0
 
-    def check_model(self, name: str) -> None:
-        """Raises an ApiError, 404, if no model has this name."""
-        if name not in self.model_names and not self.settings.any_model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raises an ApiError, 404, if no model has this name; None is whatever there is."""
+        if name is not None and name not in self.model_names and not self.settings.any_model_name:
             known = ", ".join(self.model_names)
             raise ApiError(404, f"model: there is no {name!r} here but {known}", param="model", code="model_not_found")
+
+    def check_count(self, answers: int) -> None:
+        """Raises an ApiError if so many answers can never be asked for at once."""
+        most = self.settings.max_waiting
+        if answers > most:
+            raise ApiError(400, f"{answers} answers are asked for at once; at most {most} are accepted", param="n")
 
     async def prepare(self, make: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Calls what may take long, such as decoding pictures, on a thread.
@@ -79,16 +85,7 @@ class Backend:
             self._preparing -= 1
 
     def ask(self, questions: Sequence[Question], *, called: float, streaming: bool = False) -> Answers:
-        """Asks the model; see `Answers`.
-
-        Raises:
-          ApiError: so many questions are never accepted together.
-        """
-        most = self.settings.max_waiting
-        if len(questions) > most:
-            raise ApiError(
-                400, f"{len(questions)} answers are asked for at once; at most {most} are accepted", param="n"
-            )
+        """Asks the model; see `Answers`."""
         return Answers(
             self.service,
             self.metrics,
