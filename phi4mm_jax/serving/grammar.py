@@ -40,6 +40,8 @@ _LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<
 """What may hold a brace: strings, comments, regular expressions, schemas."""
 _STACK = 256 << 20
 """Bytes; a chain of references in MAX_SIZE characters takes 40 MB."""
+_AHEAD = 512
+"""Characters of forced text that are encoded; the next token is far from their end."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 2 kB a state
 
 
@@ -205,8 +207,11 @@ class _Tokens:
         self.tokens = [tokenizer.token_bytes(i, skip_special=False) for i in range(vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
-        """Encodes text that a grammar forces, so that it is divided as the model is used to."""
-        return self._tokenizer.encode(text, allow_special=False)
+        """Encodes the beginning of text that a grammar forces, so that it is divided as the model is used to.
+
+        A mask needs the next token only, and all of a long text would be encoded again for every one.
+        """
+        return self._tokenizer.encode(text[:_AHEAD], allow_special=False)
 
 
 def _checked(text: Any) -> str:
