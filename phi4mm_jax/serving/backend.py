@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from phi4mm_jax.api import Phi4MM
+from phi4mm_jax.processing.display import quote
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.runtime.steps import Steps
 from phi4mm_jax.service import QueueFullError, Service
@@ -40,7 +41,9 @@ class Backend:
         limits = {"max_batch": self.capacity.rows, "max_seq_len": self.capacity.context}
         steps = Steps(model.steps.model, model.steps.runtime.override(engine=limits), model.steps.mesh)
         self.config, self.engine = steps.model, steps.runtime.engine
-        self.processor = Processor(model.processor.config, model.processor.tokenizer, settings.media)
+        self.processor = Processor(
+            model.processor.config, model.processor.tokenizer, settings.media, max_tokens=self.capacity.context
+        )
         self.service = Service(
             steps,
             model.weights,
@@ -61,7 +64,14 @@ class Backend:
         """Raises an ApiError, 404, if no model has this name."""
         if name not in self.model_names and not self.settings.any_model_name:
             known = ", ".join(self.model_names)
-            raise ApiError(404, f"model: there is no {name!r} here but {known}", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"model: there is no {quote(name)} here but {known}", param="model", code="model_not_found"
+            )
+
+    def check_number(self, answers: int) -> None:
+        """Raises an ApiError, 400, if so many answers are never accepted together."""
+        if answers > (most := self.settings.max_waiting):
+            raise ApiError(400, f"{answers} answers are asked for at once; at most {most} are accepted", param="n")
 
     async def prepare(self, make: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Calls what may take long, such as decoding pictures, on a thread.
@@ -79,16 +89,7 @@ class Backend:
             self._preparing -= 1
 
     def ask(self, questions: Sequence[Question], *, called: float, streaming: bool = False) -> Answers:
-        """Asks the model; see `Answers`.
-
-        Raises:
-          ApiError: so many questions are never accepted together.
-        """
-        most = self.settings.max_waiting
-        if len(questions) > most:
-            raise ApiError(
-                400, f"{len(questions)} answers are asked for at once; at most {most} are accepted", param="n"
-            )
+        """Asks the model; see `Answers`."""
         return Answers(
             self.service,
             self.metrics,

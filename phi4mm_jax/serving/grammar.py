@@ -252,7 +252,8 @@ def _inline_schemas(text: str) -> tuple[str, dict[str, Any]]:
 def _multiples(value: Any) -> Iterator[int | float]:
     """Every `multipleOf` of a definition."""
     if isinstance(value, Mapping):
-        if isinstance(number := value.get("multipleOf"), int | float):
+        number = value.get("multipleOf")
+        if isinstance(number, int | float) and not isinstance(number, bool):
             yield number
         value = list(value.values())
     if isinstance(value, list | tuple):
