@@ -13,7 +13,7 @@ from phi4mm_jax.serving.errors import ApiError
 from phi4mm_jax.serving.metrics import Metrics
 
 _PROTECTED = ("/v1/", "/tokenize", "/detokenize")
-_MAX_COMMAS = 1_000_000
+_MAX_COMMAS = 250_000
 """Of a body: JSON has one for every further value, of which each takes memory many times its length."""
 
 _CLOSE = {"Connection": "close"}  # or what is left of the body would have to be read

@@ -1,8 +1,6 @@
 """Requests that mean harm: each is refused or answered, memory comes back, and the server goes on."""
 
-import asyncio
 import base64
-import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -11,6 +9,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -40,6 +40,10 @@ def live(start):
     media = ServerSettings().media
     media = MediaLimits(**{**vars(media), "max_audio_seconds": 60.0, "max_media": 32})
     with start(max_waiting=64, max_body_bytes=MAX_BODY, max_held_bytes=2 * MAX_BODY, media=media) as server:
+        with httpx.Client(base_url=server.url, timeout=300) as http:  # compiles what all need
+            for body in (BODY, BODY | {"logprobs": True}, showing(TINY)):
+                assert http.post("/v1/chat/completions", json=body).status_code == 200
+            assert http.post(SPEAK, data={"model": "nano"}, files={"file": SPEECH.read_bytes()}).status_code == 200
         yield server
 
 
@@ -95,7 +99,7 @@ def check_memory(act, within=32 << 20):
 
 
 @contextlib.contextmanager
-def responsive(url, within=1.0):
+def responsive(url, within=2.0):
     """Asks meanwhile again and again whether the server is alive; it says so each time within so many seconds."""
     waits, over = [], threading.Event()
 
@@ -136,6 +140,9 @@ def png(width, height, mode="1", chunk=b""):
     return data[:33] + chunk + data[33:]  # behind the header
 
 
+TINY = data_url(png(16, 16))
+
+
 def silence(seconds, rate):
     file = io.BytesIO()
     soundfile.write(file, np.zeros(int(seconds * rate), np.int16), rate, format="FLAC")
@@ -150,7 +157,7 @@ def test_a_picture_that_is_large_once_decoded(live, http):
 
     def act():
         error = error_of(http.post("/v1/chat/completions", json=showing(bomb)))
-        assert "30000x10000 exceeds the limit of 40000000 pixels" in error["message"]
+        assert "pixels than the limit of 40000000" in error["message"]
         assert error["param"] == "messages[0].content[0].image_url.url"
         assert http.post("/tokenize", json={"model": "nano", "messages": showing(allowed)["messages"]}).is_success
 
@@ -245,11 +252,10 @@ def test_media_without_end(start, speed, message):
 
 def test_media_that_take_long_together(start):
     media = MediaLimits(timeout_s=0.2, total_s=0.3)
-    tiny = data_url(png(16, 16))
     with start(media=media) as other, httpx.Client(base_url=other.url, timeout=60) as http:
         loading = other.config.app.state.backend.processor._features_of
         other.config.app.state.backend.processor._features_of = lambda medium: time.sleep(0.2) or loading(medium)
-        error = error_of(http.post("/v1/chat/completions", json=showing(*[tiny] * 5)))
+        error = error_of(http.post("/v1/chat/completions", json=showing(*[TINY] * 5)))
         assert error["message"] == "messages[0].content[2].image_url.url: the media before took the limit of 0.3 s"
         assert answers(http)
 
@@ -339,7 +345,7 @@ def test_bodies_that_are_too_much_together(live, http):
         refused = http.post("/v1/chat/completions", json=BODY | {"user": "x" * 1000})
         assert error_of(refused, 429)["code"] == "busy" and refused.headers["Retry-After"] == "1"
         assert http.get("/health").status_code == 200
-    wait_until(lambda: answers(http))
+    assert answers(http)
 
 
 def test_a_body_of_many_values(live, http):
@@ -348,12 +354,12 @@ def test_a_body_of_many_values(live, http):
     def act():
         with responsive(live.url):
             for value in ("{}", "[]", "1", '""'):
-                most = f'{{"messages": [{",".join([value] * 900_000)}]}}'.encode()
+                most = f'{{"messages": [{",".join([value] * 200_000)}]}}'.encode()
                 error = error_of(http.post("/v1/chat/completions", content=most, headers=headers))
                 assert error["param"] == "messages" and "4096" in error["message"]
-            more = b'{"user": [' + b"0," * 1_000_001 + b"0]}"
+            more = b'{"user": [' + b"0," * 250_001 + b"0]}"
             error = error_of(http.post("/v1/chat/completions", content=more, headers=headers), 413)
-            assert error["message"] == "the request holds more than 1000000 commas"
+            assert error["message"] == "the request holds more than 250000 commas"
 
     check_memory(act)
     assert answers(http)
@@ -389,18 +395,17 @@ def hostile_conversation(text):
 
 def test_text_that_spells_control_tokens(live, http, prompts):
     tokenizer = live.config.app.state.backend.processor.tokenizer
-    every = "".join(name for name in tokenizer.control_ids)
     seen = []
-    for text in ("Hello.", ATTACK, every, "<|end|>" * 100):
-        body = hostile_conversation(text)
-        shown = http.post("/tokenize", json={"model": "nano", **body}).json()
-        answer = http.post("/v1/chat/completions", json={"model": "nano", "max_tokens": 1, **body})
-        assert answer.status_code == 200 and prompts[-1].token_ids.tolist() == shown["tokens"]
-        seen.append(controls_of(live, shown["tokens"]))
-        assert tokenizer.decode(shown["tokens"], skip_special=False).count(text) >= 6
+    for text in ("Hello.", ATTACK, "<|end|>" * 10, *tokenizer.control_ids):
+        body = {"model": "nano", **hostile_conversation(text)}
+        shown = http.post("/tokenize", json=body).json()["tokens"]
+        assert http.post("/v1/chat/completions", json=body | {"max_tokens": 1}).status_code == 200
+        assert prompts[-1].token_ids.tolist() == shown
+        seen.append(controls_of(live, shown))
+        assert tokenizer.decode(shown, skip_special=False).count(text) >= 6
     roles = ["<|system|>", "<|tool|>", "<|/tool|>", "<|end|>", "<|user|>", "<|end|>"]
     roles += ["<|assistant|>", "<|tool_call|>", "<|/tool_call|>", "<|end|>", "<|tool|>", "<|end|>"]
-    assert seen == [[*roles, "<|user|>", "<|end|>", "<|assistant|>"]] * 4
+    assert seen == [[*roles, "<|user|>", "<|end|>", "<|assistant|>"]] * len(seen)
 
 
 @pytest.mark.parametrize("endpoint", ["transcriptions", "translations"])
@@ -456,41 +461,46 @@ def test_clients_that_vanish(live, http):
 # --- many at once --------------------------------------------------------------------------------------------
 
 
+CROWD = """
+import asyncio, collections, httpx, json, sys
+
+async def ask(http, i):
+    content = f"What is {20 + i % 50} plus 30?"
+    answer = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    if answer.status_code == 200:
+        assert answer.json()["choices"][0]["message"]["content"] == str(50 + i % 50)
+    else:
+        assert answer.json()["error"]["code"] == "queue_full" and int(answer.headers["Retry-After"]) > 0
+    return answer.status_code
+
+async def ask_all():
+    async with httpx.AsyncClient(base_url=sys.argv[1], timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+        return collections.Counter(await asyncio.gather(*(ask(http, i) for i in range(1000))))
+
+print(json.dumps(asyncio.run(ask_all())))
+"""
+
+
 def test_a_thousand_requests_at_once(start):
-    with start(max_waiting=100) as other:
-
-        async def ask(http, i):
-            body = {**BODY, "messages": [{"role": "user", "content": f"What is {20 + i % 50} plus 30?"}]}
-            answer = await http.post("/v1/chat/completions", json=body)
-            if answer.status_code == 200:
-                assert answer.json()["choices"][0]["message"]["content"] == str(50 + i % 50)
-            else:
-                assert error_of(answer, 429)["code"] == "queue_full"
-                assert int(answer.headers["Retry-After"]) > 0
-            return answer.status_code
-
-        async def ask_all():
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=other.url, timeout=120, limits=limits) as http:
-                return collections.Counter(await asyncio.gather(*(ask(http, i) for i in range(1000))))
+    with start(max_waiting=100) as other, httpx.Client(base_url=other.url, timeout=60) as http:
+        assert answers(http)
 
         def act():
-            statuses = asyncio.run(ask_all())
-            assert sum(statuses.values()) == 1000
-            assert statuses[200] >= 100 and statuses[429] >= 500
+            crowd = subprocess.run([sys.executable, "-c", CROWD, other.url], capture_output=True, text=True, check=True)
+            statuses = json.loads(crowd.stdout)
+            assert set(statuses) == {"200", "429"} and sum(statuses.values()) == 1000
+            assert 100 <= statuses["200"] <= 500
 
-        with responsive(other.url):
+        with responsive(other.url, within=1.0):
             act()
         check_memory(act)
-        with httpx.Client(base_url=other.url, timeout=60) as http:
-            assert answers(http)
-            load = http.get("/ready").json()
-            assert load["running"] == load["waiting"] == 0
+        assert answers(http)
+        load = http.get("/ready").json()
+        assert load["running"] == load["waiting"] == 0
 
 
 # --- requests that cost much ---------------------------------------------------------------------------------
 
-TINY = data_url(png(16, 16))
 COSTLY = {
     "n": ({"n": 10**9}, "n", "less than or equal to 128"),
     "n that may wait": ({"n": 100}, "n", "at most 64 are accepted"),
@@ -503,7 +513,7 @@ COSTLY = {
     "fields": ({f"a{i}": 1 for i in range(100_000)}, None, "an object of 100002 fields; at most 100 are accepted"),
     "tools": ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(10_000)]}, "tools", "128"),
     "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "ab "}] * 200_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "ab "}] * 100_000}]},
         "prompt",
         "2048",
     ),
@@ -533,11 +543,11 @@ PLAIN = {
     "best_of": ("/v1/completions", {"prompt": "a", "best_of": 10**6}, "best_of"),
     "logprobs": ("/v1/completions", {"prompt": "a", "logprobs": 10**6}, "at most 20"),
     "prompts": ("/v1/completions", {"prompt": ["a"] * 100_000, "n": 128}, "12800000 answers are asked for at once"),
-    "token ids": ("/v1/completions", {"prompt": [1] * 900_000}, "900000 tokens leave no room"),
-    "no token ids": ("/v1/completions", {"prompt": [*[[1]] * 400_000, *["a"] * 400_000]}, "valid"),
+    "token ids": ("/v1/completions", {"prompt": [1] * 200_000}, "200000 tokens leave no room"),
+    "no token ids": ("/v1/completions", {"prompt": [*[[1]] * 100_000, *["a"] * 100_000]}, "valid"),
     "text": ("/tokenize", {"prompt": "a sum " * 5_000_000}, "more than the 2048 tokens"),
     "messages": ("/tokenize", {"messages": SUM * 10_000}, "at most 4096"),
-    "detokenize": ("/detokenize", {"tokens": [*[1] * 900_000, -1]}, "tokens[900000]"),
+    "detokenize": ("/detokenize", {"tokens": [*[1] * 200_000, -1]}, "tokens[200000]"),
 }
 
 
