@@ -315,6 +315,7 @@ def statuses():
     print("\nanswers:", dict(sorted(counts.items())), "in all", counts.total())
 
 
+@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile")  # of python-multipart's, where a form breaks off
 @settings(
     max_examples=EXAMPLES or 300,
     derandomize=not EXAMPLES,
