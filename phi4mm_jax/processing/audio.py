@@ -32,6 +32,8 @@ _RATE = 16_000
 """What audio is brought to, in Hz."""
 _MAX_RATE = 384_000
 """Highest rate that is accepted, in Hz."""
+_USUAL_RATE = 48_000
+"""Highest rate of which a recording may be as long as the limits say, in Hz: samples cost memory, not seconds."""
 _FRAMINGS = {16_000: (400, 160, 512), 8_000: (200, 80, 256)}
 """Window, hop and FFT length in samples, by rate."""
 _BLOCK = 4096
@@ -163,7 +165,7 @@ def _from_array(source: tuple, limits: MediaLimits) -> tuple[np.ndarray, int]:
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[0] < samples.shape[1]):
         raise MediaError(f"audio samples have shape {shape}; expected [samples] or [samples, channels]")
     if len(samples) > limits.max_audio_seconds * rate:
-        raise _too_long("(samples, rate)", limits)
+        raise _too_long("(samples, rate)", limits.max_audio_seconds)
     if samples.dtype.name in _INTEGERS:
         zero, full_scale = _INTEGERS[samples.dtype.name]
         samples = (samples.astype(np.float64) - zero) / full_scale
@@ -183,8 +185,8 @@ def _checked_rate(rate: Any) -> int:
     return int(rate)
 
 
-def _too_long(name: str, limits: MediaLimits) -> MediaError:
-    return MediaError(f"{name}: audio is longer than the limit of {limits.max_audio_seconds:g} s")
+def _too_long(name: str, seconds: float) -> MediaError:
+    return MediaError(f"{name}: audio is longer than the limit of {seconds:g} s")
 
 
 def _decode(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int]:
@@ -192,16 +194,16 @@ def _decode(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, in
     blocks, count = [], 0
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, promised, log = file.samplerate, file.frames, file.extra_info
-            limit = limits.max_audio_seconds * rate
+            rate, promised, log = _checked_rate(file.samplerate), file.frames, file.extra_info
+            limit = limits.max_audio_seconds * min(rate, _USUAL_RATE)
             estimated = file.format == "MP3" and not re.search(rb"Xing|Info|VBRI", data[:4096])
             if not estimated and promised > limit:
-                raise _too_long(name, limits)
+                raise _too_long(name, limit / rate)
             while len(block := file.read(_DECODE_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 count += len(block)
                 if count > limit:
-                    raise _too_long(name, limits)
+                    raise _too_long(name, limit / rate)
     except soundfile.SoundFileError as error:
         raise MediaError(f"{name}: {_diagnosis(data, error)}") from None
     if (not estimated and count < promised) or _lacks_samples(log):

@@ -21,6 +21,7 @@ pictures in the same message would leave open whose places they are, and are ref
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import deque
@@ -327,14 +328,11 @@ def _bind(pieces: list[_Piece], kind: Kind, where: str, given: deque[Medium]) ->
 
 def _parts(pieces: list[_Piece], media: Mapping[Kind, list[Medium]]) -> list[str]:
     """Writes media and tags as control tokens, and joins neighbouring text."""
+    names = {m: Control(f"<|{kind}_{i}|>") for kind, placed in media.items() for i, m in enumerate(placed, 1)}
     parts: list[str] = []
-    for piece in pieces:
-        if isinstance(piece, _Tag):
-            parts.append(Control(piece.text))
-        elif isinstance(piece, Medium):
-            parts.append(Control(f"<|{piece.place}_{media[piece.place].index(piece) + 1}|>"))
-        elif isinstance(piece, Control) or not parts or isinstance(parts[-1], Control):
-            parts.append(piece)
+    for is_text, run in itertools.groupby(pieces, lambda piece: type(piece) is str):
+        if is_text:
+            parts.append("".join(run))
         else:
-            parts[-1] += piece
+            parts += [Control(p.text) if isinstance(p, _Tag) else names.get(p, p) for p in run]
     return [part for part in parts if part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import math
 import os
 import urllib.parse
 import urllib.request
@@ -20,7 +21,7 @@ _NAME_LENGTH = 200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """What one picture, recording or video may cost."""
+    """What pictures, recordings and videos may cost."""
 
     max_bytes: int = 200_000_000
     """Largest file or download."""
@@ -30,9 +31,14 @@ class MediaLimits:
     max_pixels: int = 178_956_970
     """Largest picture or frame, as its header declares it; Pillow itself refuses more than this default."""
     max_audio_seconds: float = 10_485.0
-    """Longest recording; 131072 tokens of 80 ms are as much as the model's context holds."""
+    """Longest recording; 131072 tokens of 80 ms are as much as the model's context holds. One of more than 48 kHz may
+    hold as many samples as one of 48 kHz."""
     max_frames: int = 8
     """Most frames that a video is taken as; of a video of fewer seconds, one a second."""
+    max_media: int = 1000
+    """Most pictures, recordings and videos of one conversation."""
+    total_s: float = math.inf
+    """Seconds after which no further medium of a conversation is begun."""
     local_files: bool = True
     """Whether paths and file:// URLs may be read; a public server should say no, or name a directory."""
     directory: Path | None = None

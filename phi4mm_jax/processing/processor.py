@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,23 +15,50 @@ from phi4mm_jax.processing.audio import AUDIO_SOURCES, AudioSource, audio_featur
 from phi4mm_jax.processing.chat import TAG, Kind, Medium, render, tag_kind
 from phi4mm_jax.processing.images import IMAGE_SOURCES, ImageSource, image_features, load_image
 from phi4mm_jax.processing.media import MediaLimits
-from phi4mm_jax.processing.prompt import AudioFeatures, ImageFeatures, MediaError, Prompt, PromptError
+from phi4mm_jax.processing.prompt import (
+    AudioFeatures,
+    ChatError,
+    ImageFeatures,
+    MediaError,
+    Prompt,
+    PromptError,
+    TooLongError,
+)
 from phi4mm_jax.processing.tokenizer import Control, Tokenizer
 from phi4mm_jax.processing.video import load_video
+
+_FRAME_S = 0.01
+"""Between two frames of audio features."""
 
 
 class Processor:
     """Turns what a user hands in into what the model takes; nothing in it changes, so threads may share it."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, limits: MediaLimits | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        limits: MediaLimits | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         """Builds the processor of one checkpoint.
+
+        Args:
+          config: of the model.
+          tokenizer: of the model.
+          limits: on media.
+          max_tokens: most tokens of a prompt; what has more is refused as early as this can be told. None for any
+            number.
 
         Raises:
           PromptError: the tokenizer lacks a placeholder token of the model.
         """
         self.config = config
         self.tokenizer = tokenizer
-        self.limits = limits or MediaLimits()
+        self.limits, self.max_tokens = limits or MediaLimits(), max_tokens
+        if max_tokens is not None:
+            longest = min(self.limits.max_audio_seconds, max_tokens * config.audio.time_reduction * _FRAME_S)
+            self.limits = dataclasses.replace(self.limits, max_audio_seconds=longest)
         self._placeholders: dict[str, Control] = {}
         for kind, token_id in (("image", config.tokens.image), ("audio", config.tokens.audio)):
             name = tokenizer.token_name(token_id)
@@ -65,6 +93,7 @@ class Processor:
           ChatError: the conversation is malformed.
           MediaError: a picture, recording or video cannot be used.
           PromptError: text cannot be encoded.
+          TooLongError: there are more than `max_tokens`.
         """
         rendered = render(
             messages,
@@ -73,8 +102,12 @@ class Processor:
             media=_media("image", images) + _media("audio", audios),
             limits=self.limits,
         )
-        ids = self.tokenizer.encode_parts(map(self._without_tag, rendered.parts))
-        images, audios = self._features(rendered.images), self._features(rendered.audios)
+        ids = self.tokenizer.encode_parts(map(self._without_tag, rendered.parts), self.max_tokens)
+        media = [*rendered.images, *rendered.audios]
+        if len(media) > self.limits.max_media:
+            raise ChatError(f"messages: {len(media)} media; at most {self.limits.max_media} are accepted")
+        features = self._features(media)
+        images, audios = features[: len(rendered.images)], features[len(rendered.images) :]
         frames = sum(len(f) for f, medium in zip(images, rendered.images, strict=True) if medium.kind == "video")
         return dataclasses.replace(self._expanded(ids, images, audios), video_frames=frames)
 
@@ -95,11 +128,12 @@ class Processor:
         Raises:
           MediaError: a picture or a recording cannot be used.
           PromptError: placeholders and media do not fit, or an id is outside the vocabulary.
+          TooLongError: there are more than `max_tokens`.
         """
         features = self._features(_media("image", images)), self._features(_media("audio", audios))
         if isinstance(prompt, str):
             text = TAG.sub(lambda tag: self._placeholders[tag_kind(tag[0])], prompt)
-            return self._expanded(self.tokenizer.encode(text, allow_special=True), *features)
+            return self._expanded(self.tokenizer.encode(text, allow_special=True, most=self.max_tokens), *features)
         return self._checked(prompt, *map(_joined, features))
 
     def _without_tag(self, part: str) -> str:
@@ -109,12 +143,19 @@ class Processor:
 
     def _features(self, media: Sequence[Medium]) -> list[list[Any]]:
         """Reads media; an error says where in the input it lies."""
-        features = []
+        features, tokens, begun = [], 0, time.monotonic()
         for medium in media:
+            if time.monotonic() - begun > self.limits.total_s:
+                raise MediaError(f"{medium.where}: the media before took the limit of {self.limits.total_s:g} s")
             try:
                 features.append(self._features_of(medium))
             except MediaError as error:
                 raise MediaError(f"{medium.where}: {error}") from error
+            tokens += sum(f.num_tokens for f in features[-1])
+            if self.max_tokens is not None and tokens > self.max_tokens:
+                raise TooLongError(
+                    f"{medium.where}: the media up to here take {tokens} tokens; there may be {self.max_tokens}"
+                )
         return features
 
     def _features_of(self, medium: Medium) -> list[ImageFeatures] | list[AudioFeatures]:

@@ -27,6 +27,10 @@ class PromptError(ValueError):
     """A prompt does not fit its media or the vocabulary."""
 
 
+class TooLongError(PromptError):
+    """A prompt takes more tokens than it may; found before all of it is made."""
+
+
 class InputMode(enum.IntEnum):
     """Which adapter and which audio projector a sequence uses (phi4mm-reference, section 3)."""
 

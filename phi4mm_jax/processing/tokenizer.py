@@ -17,12 +17,16 @@ from typing import Any, Self
 import tokenizers
 
 from phi4mm_jax.processing.display import quote, shorten
-from phi4mm_jax.processing.prompt import PromptError
+from phi4mm_jax.processing.prompt import PromptError, TooLongError
 
 # Unicode's White_Space, which Python's \s exceeds by U+001C to U+001F
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _UNSUPPORTED = ("lstrip", "single_word", "normalized")
 """Properties that no control token of the released tokenizer has."""
+_BLOCK = 1 << 14
+"""Characters that are counted at once, of text that is likely to be too long."""
+_CUT = 32
+"""Tokens by which the count of a block may exceed its share of the whole text."""
 _LEADING_SPACE = re.compile(f"^[{_SPACES}]+")
 
 
@@ -70,21 +74,29 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise PromptError(f"{path}: is not UTF-8 text") from None
 
-    def encode(self, text: str, *, allow_special: bool) -> list[int]:
-        """Encodes text; with `allow_special`, control tokens that it spells become control tokens."""
-        if not allow_special or self._control_pattern is None:
-            return self._encode_text(text)
-        pieces = self._control_pattern.split(text)  # the odd ones are control tokens
-        return self.encode_parts(Control(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+    def encode(self, text: str, *, allow_special: bool, most: int | None = None) -> list[int]:
+        """Encodes text; with `allow_special`, control tokens that it spells become control tokens.
 
-    def encode_parts(self, parts: Iterable[str]) -> list[int]:
+        Raises:
+          TooLongError: see `encode_parts`.
+        """
+        live = allow_special and self._control_pattern is not None
+        pieces = self._control_pattern.split(text) if live else [text]  # the odd ones are control tokens
+        return self.encode_parts((Control(piece) if i % 2 else piece for i, piece in enumerate(pieces)), most)
+
+    def encode_parts(self, parts: Iterable[str], most: int | None = None) -> list[int]:
         """Encodes text and `Control` parts in a row.
 
         Parts are encoded apart from each other, so join text that belongs together. Some control tokens swallow the
         white space that follows them.
 
+        Args:
+          parts: in a row.
+          most: tokens that there may be; of more, not much is encoded.
+
         Raises:
           PromptError: a control token that this tokenizer does not have.
+          TooLongError: there are more than `most`.
         """
         ids: list[int] = []
         swallow = False
@@ -95,8 +107,10 @@ class Tokenizer:
                 ids.append(self.control_ids[part])
                 swallow = part in self._swallows_space
             elif text := _LEADING_SPACE.sub("", part) if swallow else part:
-                ids += self._encode_text(text)
+                ids += self._encode_text(text, most)
                 swallow = False
+            if most is not None and len(ids) > most:
+                raise _too_long(most)
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -127,11 +141,25 @@ class Tokenizer:
         except KeyError:  # not a piece of the byte-level alphabet
             return name.encode()
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _encode_text(self, text: str, most: int | None = None) -> list[int]:
+        if most is not None and len(text) > 4 * most:
+            self._check_length(text, most)
         try:
-            return self._bpe.encode(text).ids
+            return self._bpe.encode_batch([text])[0].ids  # `encode` would stop all other threads meanwhile
         except TypeError:  # what the package says to a string that UTF-8 cannot hold
             raise PromptError("text holds lone surrogates, which are not Unicode characters") from None
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Raises a TooLongError as soon as the beginning of a text has too many tokens."""
+        count = 0
+        for start in range(0, len(text), _BLOCK):
+            count += len(self._encode_text(text[start : start + _BLOCK])) - _CUT
+            if count > most:
+                raise _too_long(most)
+
+
+def _too_long(most: int) -> TooLongError:
+    return TooLongError(f"prompt: takes more than the {most} tokens that there may be")
 
 
 def _added_tokens(data: Any) -> list[dict[str, Any]]:

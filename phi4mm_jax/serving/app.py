@@ -57,7 +57,11 @@ def create_app(model: Phi4MM, settings: ServerSettings) -> FastAPI:
     for kind in (*_TOLD, Exception):
         app.add_exception_handler(kind, tell)
     app.add_middleware(
-        Guards, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes, metrics=backend.metrics
+        Guards,
+        api_key=settings.api_key,
+        max_body_bytes=settings.max_body_bytes,
+        max_held_bytes=settings.max_held_bytes,
+        metrics=backend.metrics,
     )
     if settings.cors_origins:
         app.add_middleware(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from phi4mm_jax.api import Phi4MM
+from phi4mm_jax.processing.display import quote
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.runtime.steps import Steps
 from phi4mm_jax.service import QueueFullError, Service
@@ -40,7 +41,9 @@ class Backend:
         limits = {"max_batch": self.capacity.rows, "max_seq_len": self.capacity.context}
         steps = Steps(model.steps.model, model.steps.runtime.override(engine=limits), model.steps.mesh)
         self.config, self.engine = steps.model, steps.runtime.engine
-        self.processor = Processor(model.processor.config, model.processor.tokenizer, settings.media)
+        self.processor = Processor(
+            model.processor.config, model.processor.tokenizer, settings.media, max_tokens=self.capacity.context
+        )
         self.service = Service(
             steps,
             model.weights,
@@ -61,7 +64,9 @@ class Backend:
         """Raises an ApiError, 404, if no model has this name; None is whatever there is."""
         if name is not None and name not in self.model_names and not self.settings.any_model_name:
             known = ", ".join(self.model_names)
-            raise ApiError(404, f"model: there is no {name!r} here but {known}", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"model: there is no {quote(name)} here but {known}", param="model", code="model_not_found"
+            )
 
     def check_count(self, answers: int) -> None:
         """Raises an ApiError if so many answers can never be asked for at once."""

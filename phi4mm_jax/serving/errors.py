@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from phi4mm_jax.processing.prompt import ChatError, MediaError, PromptError
+from phi4mm_jax.processing.prompt import ChatError, MediaError, PromptError, TooLongError
 from phi4mm_jax.runtime.limits import RequestError
 from phi4mm_jax.runtime.memory import MemoryPlanError
 from phi4mm_jax.runtime.sampling import SamplingError
@@ -73,7 +73,7 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, INPUT_ERRORS):
         field = _FIELD.match(str(error))
-        code = "context_length_exceeded" if isinstance(error, RequestError) else None
+        code = "context_length_exceeded" if isinstance(error, RequestError | TooLongError) else None
         return ApiError(400, str(error), param=field and field[1], code=code)
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors(), error.body)
@@ -92,12 +92,15 @@ def as_api_error(error: Exception) -> ApiError:
 def _plain(error: HTTPException) -> ApiError:
     """Starlette's own errors, such as those of unknown paths."""
     known = {404: "no such endpoint; GET /docs lists them", 405: "this endpoint takes another method"}
-    return ApiError(error.status_code, known.get(error.status_code, error.detail), headers=error.headers)
+    told = known.get(error.status_code, error.detail)
+    if told == "There was an error parsing the body":
+        told = "the body cannot be read: expected UTF-8, and objects that are not nested hundreds of levels deep"
+    return ApiError(error.status_code, told, headers=error.headers)
 
 
 def _invalid(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The first thing that is wrong with a request's form; the branches of a union say together what they accept."""
-    first = problems[0]
+    first = {**problems[0], "msg": problems[0]["msg"].removeprefix("Value error, ")}
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     path = _path(first, body)

@@ -40,6 +40,8 @@ _LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<
 """What may hold a brace: strings, comments, regular expressions, schemas."""
 _STACK = 256 << 20
 """Bytes; a chain of references in MAX_SIZE characters takes 40 MB."""
+_AHEAD = 512
+"""Characters of forced text that are encoded; the next token is far from their end."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # 2 kB a state
 
 
@@ -205,8 +207,11 @@ class _Tokens:
         self.tokens = [tokenizer.token_bytes(i, skip_special=False) for i in range(vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
-        """Encodes text that a grammar forces, so that it is divided as the model is used to."""
-        return self._tokenizer.encode(text, allow_special=False)
+        """Encodes the beginning of text that a grammar forces, so that it is divided as the model is used to.
+
+        A mask needs the next token only, and all of a long text would be encoded again for every one.
+        """
+        return self._tokenizer.encode(text[:_AHEAD], allow_special=False)
 
 
 def _checked(text: Any) -> str:
@@ -247,7 +252,8 @@ def _inline_schemas(text: str) -> tuple[str, dict[str, Any]]:
 def _multiples(value: Any) -> Iterator[int | float]:
     """Every `multipleOf` of a definition."""
     if isinstance(value, Mapping):
-        if isinstance(number := value.get("multipleOf"), int | float):
+        number = value.get("multipleOf")
+        if isinstance(number, int | float) and not isinstance(number, bool):
             yield number
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
@@ -9,6 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.serving.errors import refuse
+
+MAX_FIELDS = 100
+"""Most fields of one object; each that is not known costs an error."""
+MAX_MESSAGES = 4096
+"""Most messages of a conversation."""
+MAX_BIASES = 1024
+"""Most tokens of a `logit_bias`."""
 
 Ignored = Any
 """The type of fields that clients send and that change nothing about an answer."""
@@ -22,7 +30,11 @@ class Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > MAX_FIELDS:
+            raise ValueError(f"an object of {len(fields)} fields; at most {MAX_FIELDS} are accepted")
+        return {k: v for k, v in fields.items() if v is not None}
 
 
 class StreamOptions(Fields):
@@ -55,6 +67,11 @@ class FormatFields(Fields):
     json_schema: SchemaFields | None = None
 
 
+StopString = Annotated[str, Field(max_length=1000)]  # every token is compared with it
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
 class AnswerFields(Fields):
     """What chat and plain completions have in common."""
 
@@ -69,9 +86,11 @@ class AnswerFields(Fields):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = Field(1.0, description="Divides the logits of tokens in prompt or answer.")
-    logit_bias: dict[str, float] = Field(default_factory=dict, description="Token id to -100 to 100.")
+    logit_bias: dict[str, float] = Field(
+        default_factory=dict, max_length=MAX_BIASES, description="Token id to -100 to 100."
+    )
     seed: int | None = Field(None, description="Makes draws reproducible; choice i takes seed + i.")
-    stop: str | list[str] = Field(default_factory=list)
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = Field(default_factory=list)
     max_tokens: int | None = None
     min_tokens: int = Field(0, description="No end before this many tokens.")
     ignore_eos: bool = Field(False, description="Go on past the end of the answer.")
@@ -90,7 +109,7 @@ class AnswerFields(Fields):
         Raises:
           ApiError, SamplingError: a value is out of range.
         """
-        if not all(key.isdecimal() for key in self.logit_bias):
+        if not all(re.fullmatch(r"[0-9]{1,9}", key) for key in self.logit_bias):
             raise refuse("logit_bias", "expected token ids as keys")
         common = {name: getattr(self, name) for name in _SAMPLING}
         common |= {"logit_bias": {int(token): bias for token, bias in self.logit_bias.items()}}
@@ -121,6 +140,7 @@ class ChatFields(AnswerFields):
 
     messages: list[Message] = Field(
         min_length=1,
+        max_length=MAX_MESSAGES,
         description="Messages of role system (or developer), user, assistant, tool. A user's content is a string, or a "
         "list of parts of type text, image_url, input_audio, audio_url, video_url.",
         examples=[[{"role": "user", "content": "What is 21 plus 84?"}]],
@@ -162,7 +182,7 @@ class ChatFields(AnswerFields):
 class CompletionFields(AnswerFields):
     """A plain completion."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text in which control tokens are live, or token ids; or a list of these.",
         examples=["<|user|>What is 21 plus 84?<|end|><|assistant|>"],
     )
@@ -214,7 +234,7 @@ class TokenizeFields(Fields):
 
     model: str | None = None
     prompt: str | None = Field(None, description="Text in which control tokens are live.")
-    messages: list[Message] | None = Field(None, description="A conversation, as for chat completions.")
+    messages: list[Message] | None = Field(None, max_length=MAX_MESSAGES, description="As for chat completions.")
     tools: list[dict[str, Any]] | None = None
     return_token_strs: bool = False
 
@@ -223,4 +243,4 @@ class DetokenizeFields(Fields):
     """Token ids to text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds

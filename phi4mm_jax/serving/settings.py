@@ -36,8 +36,20 @@ class ServerSettings(Settings):
     """Seconds that running requests are given to finish when the server is asked to stop."""
     max_body_bytes: int = 100_000_000
     """Largest request, media in it included."""
-    media: MediaLimits = MediaLimits(max_bytes=50_000_000, timeout_s=20.0, local_files=False, private_hosts=False)
-    """What one picture or recording may cost, and where it may come from."""
+    max_held_bytes: int = 1_000_000_000
+    """Largest requests together, from their arrival until they are answered; one that would exceed it is refused."""
+    media: MediaLimits = MediaLimits(
+        max_bytes=50_000_000,
+        timeout_s=20.0,
+        max_pixels=40_000_000,
+        max_audio_seconds=3600.0,
+        max_media=128,
+        total_s=60.0,
+        local_files=False,
+        private_hosts=False,
+    )
+    """What pictures and recordings may cost, and where they may come from. Those of a conversation have to fit the
+    context, too; to be transcribed, a recording may be as long as said here."""
     segment_s: float = 30.0
     """Seconds of speech that are transcribed at once; longer recordings are cut at silences."""
     preparing_threads: int = 4
@@ -47,7 +59,9 @@ class ServerSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("max_waiting", "request_timeout_s", "max_body_bytes", "preparing_threads")
+        self._require_positive(
+            "max_waiting", "request_timeout_s", "max_body_bytes", "max_held_bytes", "preparing_threads"
+        )
         for name in ("rows", "context", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise wrong(name, getattr(self, name), "must not be negative")

@@ -28,17 +28,21 @@ async def tokenize(fields: TokenizeFields, request: Request, backend: TheBackend
 
 
 @router.post("/detokenize")
-async def detokenize(fields: DetokenizeFields, backend: TheBackend) -> dict[str, Any]:
+async def detokenize(fields: DetokenizeFields, request: Request, backend: TheBackend) -> dict[str, Any]:
     """Shows what tokens spell, control tokens included."""
     backend.check_model(fields.model)
+    return {"prompt": await while_connected(request, backend.prepare(_text, fields, backend))}
+
+
+def _text(fields: DetokenizeFields, backend: Backend) -> str:
     vocabulary = backend.config.text.vocab_size
     for i, token in enumerate(fields.tokens):
         if not 0 <= token < vocabulary:
             raise refuse(f"tokens[{i}]", f"{token} is outside the vocabulary of 0 to {vocabulary - 1}")
-    return {"prompt": backend.processor.tokenizer.decode(fields.tokens, skip_special=False)}
+    return backend.processor.tokenizer.decode(fields.tokens, skip_special=False)
 
 
 def _ids(fields: TokenizeFields, backend: Backend) -> list[int]:
     if fields.prompt is not None:
-        return backend.processor.tokenizer.encode(fields.prompt, allow_special=True)
+        return backend.processor.tokenizer.encode(fields.prompt, allow_special=True, most=backend.capacity.context)
     return backend.processor.conversation(fields.messages, tools=fields.tools).token_ids.tolist()
