@@ -8,7 +8,7 @@ from typing import Self
 
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.runtime.engine import Event, TokenLogprob
+from phi4mm_jax.runtime.rows import Event, TokenLogprob
 from phi4mm_jax.runtime.sampling import SamplingParams
 
 

@@ -15,9 +15,10 @@ from phi4mm_jax.answer import Answer, Output, Piece
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.engine import Constraint, Counts, Engine
+from phi4mm_jax.runtime.engine import Counts, Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
+from phi4mm_jax.runtime.rows import Constraint
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.runtime.steps import Steps, Weights
 

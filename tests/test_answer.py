@@ -8,7 +8,7 @@ import pytest
 from phi4mm_jax.answer import Answer, Output
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.runtime.engine import Event, TokenLogprob
+from phi4mm_jax.runtime.rows import Event, TokenLogprob
 from phi4mm_jax.runtime.sampling import SamplingParams
 
 PROMPT = Prompt(np.arange(7, dtype=np.int32))

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from phi4mm_jax import answer
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.runtime.engine import TokenLogprob
+from phi4mm_jax.runtime.rows import TokenLogprob
 
 
 @dataclasses.dataclass

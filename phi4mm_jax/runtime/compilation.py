@@ -26,11 +26,12 @@ def set_up_compilation() -> None:
     The directory must be private to its user: JAX runs what lies in it.
     """
     _log_slow_compilations()
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if jax.config.jax_compilation_cache_dir:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(root / "phi4mm_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @cache

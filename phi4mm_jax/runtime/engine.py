@@ -12,120 +12,18 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import jax
 import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
-from phi4mm_jax.runtime.encoding import EncoderCall, Encoding, EncodingCache, Medium, media_of, plan_encoding
+from phi4mm_jax.runtime.encoding import EncoderCall, EncodingCache, Medium, media_of, plan_encoding
 from phi4mm_jax.runtime.limits import RequestError, answer_limit, cache_length
 from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, next_call, run_prefill
 from phi4mm_jax.runtime.prefix import NOTHING, WORTH_COPYING, Contents, choose_slot, prompt_keys
+from phi4mm_jax.runtime.rows import Constraint, Event, Row
 from phi4mm_jax.runtime.sampling import SamplingKind, SamplingParams, SamplingState
 from phi4mm_jax.runtime.steps import Drawn, Steps, Weights
-
-
-class Constraint(Protocol):
-    """What the tokens of one answer must be like."""
-
-    def mask(self) -> np.ndarray:
-        """The tokens that may come next: [ceil(V / 32)] uint32, bit i of word w for token 32 w + i."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Takes the token that came."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Natural-log probability of a token and of the likeliest alternatives."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """New tokens of one request, or the error that ends it."""
-
-    request: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-    finish_reason: str | None
-    """None while it goes on; "stop" after a stop token, "length" at its limit."""
-    admitted: float
-    """When its prefill began, `time.perf_counter` seconds."""
-    received: float
-    """When the host had these tokens, likewise."""
-    cached: int = 0
-    """Tokens of the prompt that were not computed anew."""
-    error: Exception | None = None
-    """What its constraint raised."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """Host's view of a request."""
-
-    id: int
-    prompt: Prompt
-    params: SamplingParams
-    max_tokens: int
-    stop_ids: tuple[int, ...]
-    constraint: Constraint | None
-    media: list[Medium]
-    contents: Contents
-    """Of the whole prompt."""
-    keys: np.ndarray
-    """[T] int64: those of the prompt and of its answer so far, with room for the rest."""
-    slot: int = -1
-    encodings: list[Encoding] = dataclasses.field(default_factory=list)
-    """Of its media, as long as it may have to be run again."""
-    work: PrefillRow | None = None
-    """What is left to prefill; None while it waits for its media, and once it is decoding."""
-    decoding: bool = False
-    unread: bool = False
-    """Whether a token has been drawn that its constraint has not seen."""
-    mask: np.ndarray | None = None
-    """The tokens that its constraint allows next."""
-    live: bool = True
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    cached: int = 0
-    """Positions that were in the cache when it got its row."""
-    reused: int = 0
-    """The same, whatever became of it."""
-    admitted: float = 0.0
-
-    @property
-    def adapter(self) -> str | None:
-        return self.contents.kind[0]
-
-    @property
-    def use_long(self) -> bool:
-        return self.contents.kind[1]
-
-    @property
-    def kind(self) -> SamplingKind:
-        return "full" if self.constraint else self.params.kind
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether all of its media have been."""
-        return not any(encoding.missing for encoding in self.encodings)
-
-    @property
-    def filled(self) -> int:
-        """Positions in the cache, of what the host knows: all but the last token."""
-        return len(self.prompt.token_ids) + len(self.tokens) - 1
-
-    def held(self) -> Contents:
-        """What its row of the cache holds for certain."""
-        known = len(self.prompt.token_ids) + max(len(self.tokens) - 1, 0)
-        length = known if self.decoding else min(self.work.done, known) if self.work else self.cached
-        return Contents(self.keys[:length], self.contents.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +31,7 @@ class _Pending:
     """A dispatch whose tokens have not been read."""
 
     drawn: Drawn
-    rows: list[tuple[int, _Row]]  # (row of `drawn`, request)
+    rows: list[tuple[int, Row]]  # (row of `drawn`, request)
 
 
 @dataclasses.dataclass
@@ -158,8 +56,8 @@ class Engine:
         self.batch, self.length = batch, length
         self.counts = counts or Counts()
         self._state = steps.new_state(batch, length)
-        self._waiting: deque[_Row] = deque()
-        self._slots: list[_Row | None] = [None] * batch
+        self._waiting: deque[Row] = deque()
+        self._slots: list[Row | None] = [None] * batch
         self._left: list[Contents] = [NOTHING] * batch  # by rows that have ended
         self._last_used = [0] * batch
         self._clock = itertools.count(1)
@@ -189,7 +87,7 @@ class Engine:
         use_long = len(prompt.token_ids) > self._steps.model.text.original_max_position_embeddings
         keys = np.concatenate([prompt_keys(prompt, media), np.zeros(max_tokens, np.int64)])
         contents = Contents(keys[: len(prompt.token_ids)], (adapter_for(prompt.mode), use_long))
-        row = _Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents, keys)
+        row = Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents, keys)
         row.mask = constraint.mask() if constraint else None
         self._waiting.append(row)
         return row.id
@@ -276,7 +174,7 @@ class Engine:
         return events
 
     @property
-    def _rows(self) -> list[_Row]:
+    def _rows(self) -> list[Row]:
         """Requests with a row, in the order in which they came."""
         return sorted(filter(None, self._slots), key=lambda row: row.id)
 
@@ -307,7 +205,7 @@ class Engine:
             self._encodings.put(key, encoding)
         self._encoder_calls += calls
 
-    def _is_being_computed(self, row: _Row) -> bool:
+    def _is_being_computed(self, row: Row) -> bool:
         """Whether another row is about to hold much more of a prompt's beginning than any row does now."""
         held = max(contents.shared(row.contents) for contents in self._held())
         coming = [other.contents.shared(row.contents) for other in self._rows if not other.decoding]
@@ -317,7 +215,7 @@ class Engine:
         """What each row of the cache holds."""
         return [row.held() if row else left for row, left in zip(self._slots, self._left, strict=True)]
 
-    def _take_slot(self, row: _Row) -> None:
+    def _take_slot(self, row: Row) -> None:
         free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
         held = self._held() if self._steps.runtime.engine.prefix_cache else [NOTHING] * self.batch
         choice = choose_slot(row.contents, held, free, self._last_used)
@@ -371,7 +269,7 @@ class Engine:
                 return
             yield
 
-    def _prefill(self, rows: Sequence[_Row], longest: int | None) -> None:
+    def _prefill(self, rows: Sequence[Row], longest: int | None) -> None:
         """Runs the next chunk of some rows through the decoder, and draws the next token of those that are complete."""
         for row in rows:
             row.work = row.work or self._prefill_row(row)
@@ -403,7 +301,7 @@ class Engine:
                 if row.use_long:  # it will not be run again
                     row.encodings = []
 
-    def _prefill_row(self, row: _Row) -> PrefillRow:
+    def _prefill_row(self, row: Row) -> PrefillRow:
         tokens = np.concatenate([row.prompt.token_ids, np.asarray(row.tokens, np.int32)])
         media = zip(row.media, row.encodings, strict=False)
         return PrefillRow(
@@ -449,7 +347,7 @@ class Engine:
         self._pending.append(_Pending(drawn, [(row.slot, row) for row in drawing]))
         return 1
 
-    def _allowed(self, rows: Sequence[_Row | None]) -> np.ndarray | None:
+    def _allowed(self, rows: Sequence[Row | None]) -> np.ndarray | None:
         """The tokens that each row may draw [R, V / 32] uint32; None if none has a constraint."""
         if not any(row and row.constraint for row in rows):
             return None
@@ -478,14 +376,14 @@ class Engine:
             elif len(row.tokens) >= row.max_tokens:
                 reason = "length"
             error = self._constrain(row) if row.constraint and not reason else None
-            logprobs = _logprobs(row, drawn, i, columns)
+            logprobs = row.logprobs(drawn, i, columns)
             events.append(Event(row.id, tokens, logprobs, reason, row.admitted, received, row.reused, error))
             if reason or error:
                 self._release(row)
         return events
 
     @staticmethod
-    def _constrain(row: _Row) -> Exception | None:
+    def _constrain(row: Row) -> Exception | None:
         """Tells a constraint of the last token; returns what it raises, which is the end of this row alone."""
         try:
             row.constraint.accept(row.tokens[-1])
@@ -494,7 +392,7 @@ class Engine:
             return error
         return None
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         self._left[row.slot] = row.held()
         row.live, row.decoding, row.encodings, row.work = False, False, [], None
         self._slots[row.slot] = None
@@ -514,17 +412,3 @@ def _cached_tokens(steps: Steps) -> int:
     """Media tokens whose embeddings may be kept."""
     size = steps.model.text.hidden_size * steps.activation_dtype.itemsize
     return steps.runtime.engine.media_cache_mib * 2**20 // size
-
-
-def _logprobs(row: _Row, drawn: Drawn, i: int, columns: np.ndarray) -> list[TokenLogprob] | None:
-    if row.params.logprobs is None:
-        return None
-    found, count = drawn.logprobs, row.params.logprobs
-    return [
-        TokenLogprob(
-            token_id=int(drawn.tokens[i, c]),
-            logprob=float(found.chosen[i, c]),
-            top=tuple(zip(found.top_ids[i, c, :count].tolist(), found.top[i, c, :count].tolist(), strict=True)),
-        )
-        for c in columns
-    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from phi4mm_jax.answer import Usage
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.runtime.engine import TokenLogprob
+from phi4mm_jax.runtime.rows import TokenLogprob
 
 _LEAST = -9999.0
 """Stands for the logarithm of nothing, which JSON cannot hold."""

@@ -57,7 +57,9 @@ def _batches(backend: Backend) -> Iterator[tuple[str, list[Question]]]:
         yield f"speech of {prompt.audios[0].num_tokens} tokens", [Question(prompt=prompt, params=_GREEDY)]
     yield "picture and speech", [Question(prompt=both, params=_GREEDY)]
     digits = backend.grammars.regex("[0-9]{9}")
-    yield "text, by a grammar", [Question(prompt=text, params=SamplingParams(max_tokens=2), grammar=digits)]
+    for name, prompts in mixes.items():
+        params = SamplingParams(max_tokens=2)
+        yield f"{name}, by a grammar", [Question(prompt=prompt, params=params, grammar=digits) for prompt in prompts]
     for i, length in enumerate(backend.engine.prefill_buckets):  # each of other tokens, which no cache holds
         more = np.full(length, 1 + i, np.int32)
         longer = [dataclasses.replace(p, token_ids=np.append(p.token_ids, more)) for p in (picture, clips[0])]

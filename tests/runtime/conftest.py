@@ -11,8 +11,9 @@ import pytest
 from phi4mm_jax.config import ModelConfig, RuntimeConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Prompt
-from phi4mm_jax.runtime.engine import Engine, Event
+from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.mesh import create_mesh
+from phi4mm_jax.runtime.rows import Event
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.weights.loader import load
