@@ -257,9 +257,9 @@ def test_media_that_take_long_together(start):
     media = MediaLimits(timeout_s=0.2, total_s=0.3)
     with start(media=media) as other, httpx.Client(base_url=other.url, timeout=60) as http:
         loading = other.config.app.state.backend.processor._features_of
-        other.config.app.state.backend.processor._features_of = lambda medium: time.sleep(0.2) or loading(medium)
+        other.config.app.state.backend.processor._features_of = lambda medium: time.sleep(0.5) or loading(medium)
         error = error_of(http.post("/v1/chat/completions", json=showing(*[TINY] * 5)))
-        assert error["message"] == "messages[0].content[2].image_url.url: the media before took the limit of 0.3 s"
+        assert error["message"] == "messages[0].content[1].image_url.url: the media before took the limit of 0.3 s"
         assert answers(http)
 
 
