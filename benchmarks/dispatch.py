@@ -1,6 +1,6 @@
 """What one call of a compiled program costs on the host: a decoder of the released depth and of negligible width.
 
-    python benchmarks/dispatch.py [--repeat 300]
+    python -m benchmarks.dispatch [--repeat 300]
 
 Decoding is called with no row active, so that nothing but the call itself is measured. Prints the minimum.
 """

@@ -1,6 +1,6 @@
 """Memory of the full-size programs as the real TPU compiler plans it, on a machine without a TPU.
 
-    pip install libtpu && JAX_PLATFORMS=cpu python benchmarks/tpu_plan.py [--chip v5e] [--config tpu_v5e_1]
+    pip install libtpu && JAX_PLATFORMS=cpu python -m benchmarks.tpu_plan [--chip v5e] [--config tpu_v5e_1]
 
 Compiles decode, prefill and both encoders from shapes alone, for one chip and for four. Nothing is run.
 """

@@ -260,10 +260,11 @@ def _serve(args: argparse.Namespace) -> None:
     media = dataclasses.replace(ServerSettings().media, **allowed, local_files="directory" in args)
     settings = ServerSettings(**{"api_key": os.environ.get("PHI4MM_API_KEY", ""), **given}, media=media)
     try:
-        from phi4mm_jax.serving.process import serve
+        from phi4mm_jax.serving.process import bind, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve: {error.name} is missing; pip install 'phi4mm-jax[serve]'") from None
-    serve(_load(args), settings, args.verbose)
+    with bind(settings) as listener:
+        serve(_load(args), settings, listener, args.verbose)
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import threading
 import time
@@ -19,6 +20,8 @@ from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.runtime.steps import Steps, Weights
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
@@ -40,7 +43,8 @@ class Request:
     constraint: Constraint | None = None
     """What its tokens must be like."""
     receive: Callable[[Piece | Exception], None] = lambda _: None
-    """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon."""
+    """Is given every piece of the answer, or the error that ends it, by the service's thread; it must return soon. If
+    it fails, nobody listens any more, and the request ends."""
     streaming: bool = False
     """Whether every token is wanted at once, at the price of throughput."""
     timeout: float | None = None
@@ -156,39 +160,51 @@ class Service:
     def cancel(self, request: Request) -> None:
         """Ends a request without another word; one that has ended is left alone."""
         with self._lock:
-            self._cancelled.append(request)
+            if self._thread:  # without it, all have ended
+                self._cancelled.append(request)
 
     def load(self) -> Load:
         """What it is doing, by counts that may be a moment old."""
-        engine, answers = self._engine, list(self._answers.values())
-        queued = engine.waiting if engine else 0
+        engine = self._engine
         return Load(
-            running=len(answers) - queued,
-            waiting=len(self._inbox) + len(self._backlog) + queued,
+            running=engine.running if engine else 0,
+            waiting=len(self._inbox) + len(self._backlog) + (engine.waiting if engine else 0),
             rows=engine.batch if engine else 0,
             length=engine.length if engine else 0,
-            used=sum(len(request.prompt.token_ids) + len(answer.token_ids) for request, answer in answers),
+            used=engine.used if engine else 0,
             counts=dataclasses.replace(self._counts),
         )
 
     def release(self) -> None:
         """Waits until everything has been answered, then frees the cache."""
-        while thread := self._thread:
+        while True:
+            with self._lock:  # no thread begins with a cache that is about to go
+                thread = self._thread
+                if thread is None:
+                    self._engine = None
+                    return
             thread.join()
-        self._engine = None
 
     # --- the service's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._take_mail():
+        while True:
             try:
+                if not self._take_mail():
+                    return
                 self._expire()
                 self._feed()
                 self._advance()
             except Exception as error:  # whatever it is, the callers hear of it and the service lives on
-                self._engine = None  # an interrupted step may have given its buffers away
-                for id in list(self._answers):
-                    self._end(id, error)
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends what the engine was doing, or else what it could not begin with."""
+        self._engine = None  # an interrupted step may have given its buffers away
+        if not self._answers and self._backlog:
+            self._tell(self._backlog.popleft(), error)
+        for id in list(self._answers):
+            self._end(id, error)
 
     def _take_mail(self) -> bool:
         """Takes what has been asked meanwhile; false, which ends the thread, if there is nothing left to do."""
@@ -212,14 +228,14 @@ class Service:
         def is_late(request: Request) -> bool:
             return request.timeout is not None and time.perf_counter() - request.called > request.timeout
 
-        def tell(request: Request) -> RequestTimeoutError:
+        def late(request: Request) -> RequestTimeoutError:
             return RequestTimeoutError(f"not finished within {request.timeout:g} s")
 
         for id in [id for id, (request, _) in self._answers.items() if is_late(request)]:
-            self._end(id, tell(self._answers[id][0]))
+            self._end(id, late(self._answers[id][0]))
         for request in [request for request in self._backlog if is_late(request)]:
             self._backlog.remove(request)
-            request.receive(tell(request))
+            self._tell(request, late(request))
 
     def _feed(self) -> None:
         """Gives the engine what it has room for, after making the room that can be made."""
@@ -231,7 +247,7 @@ class Service:
             try:
                 id = self._engine.submit(request.prompt, request.params, request.constraint)
             except Exception as error:  # of its constraint
-                request.receive(error)
+                self._tell(request, error)
             else:
                 self._answers[id] = request, answer
 
@@ -245,34 +261,27 @@ class Service:
         waits. The first request fails if it has none even alone.
         """
         config, engine, busy = self._steps.runtime.engine, self._engine, bool(self._answers)
-        rows = len(self._backlog) + len(self._answers)
-        rows = max(self._shape[0], min(round_up(rows, config.batch_buckets), config.max_batch))
-        length = round_up(max(self._shape[1], *map(self._positions, self._backlog)), config.cache_buckets)
-        if busy:
-            rows, length = max(rows, engine.batch), max(length, engine.length)
-        if engine and (rows, length) == (engine.batch, engine.length):
-            return
-        if busy:
-            if self._lack(rows, length) is None:
-                engine.resize(rows, length)
-            return
-        own = self._plan(engine.batch, engine.length).state if engine else 0
-        smaller = [n for n in reversed(config.batch_buckets) if n < rows]
-        for rows in [rows, *smaller]:  # noqa: B020
-            if (lack := self._lack(rows, length, own)) is None:
-                break
-        else:
-            self._backlog.popleft().receive(lack)
-            return
-        if engine and (rows, length) == (engine.batch, engine.length):
+        present = (engine.batch, engine.length) if engine else None
+        least_rows, least_length = present if busy else (1, self._shape[1])
+        wanted = min(round_up(len(self._backlog) + len(self._answers), config.batch_buckets), config.max_batch)
+        wanted = max(self._shape[0], wanted, least_rows)
+        rows = sorted({wanted, least_rows, *(n for n in config.batch_buckets if least_rows < n < wanted)}, reverse=True)
+        needed = [self._positions(request) for request in self._backlog]
+        lengths = [round_up(max(least_length, n), config.cache_buckets) for n in (max(needed), needed[0])]
+        own = self._plan(*present).state if engine and not busy else 0
+        shapes = [(n, length) for length in dict.fromkeys(lengths) for n in rows]
+        shape = next((s for s in shapes if s == present or self._lack(*s, own) is None), None)
+        if shape is None and not busy:
+            self._tell(self._backlog.popleft(), self._lack(*shapes[-1], own))
+        if shape is None or shape == present:
             return
         if self._report:
-            self._report(self._plan(rows, length))
-        if engine and self._lack(rows, length) is None:
-            engine.resize(rows, length)
+            self._report(self._plan(*shape))
+        if busy or (engine and self._lack(*shape) is None):
+            engine.resize(*shape)
         else:
             self._engine = engine = None  # its memory is free before the next one is made
-            self._engine = Engine(self._steps, self._weights, rows, length, self._counts)
+            self._engine = Engine(self._steps, self._weights, *shape, self._counts)
 
     def _plan(self, rows: int, length: int) -> MemoryPlan:
         media = sum(m.num_tokens for r in self._backlog for m in (*r.prompt.images, *r.prompt.audios))
@@ -292,8 +301,9 @@ class Service:
         if not self._engine:
             return
         config = self._steps.runtime.engine
-        streaming = any(request.streaming for request, _ in self._answers.values())
-        pace = (config.stream_steps, 1) if streaming else (config.decode_steps, None)
+        # An answer under a constraint gets a token with a dispatch at most, which must not be a long one.
+        hurried = any(request.streaming or request.constraint for request, _ in self._answers.values())
+        pace = (config.stream_steps, 1) if hurried else (config.decode_steps, None)
         for event in self._engine.step(*pace):
             if event.request not in self._answers:  # ended by a stop string; these tokens were under way
                 continue
@@ -304,14 +314,21 @@ class Service:
             piece = answer.push(event)
             if answer.finish_reason:
                 self._end(event.request)
-            request.receive(piece)
+            self._tell(request, piece)
 
     def _end(self, id: int, error: Exception | None = None) -> None:
         request, _ = self._answers.pop(id)
         if self._engine:
             self._engine.cancel(id)
         if error:
-            request.receive(error)
+            self._tell(request, error)
+
+    def _tell(self, request: Request, said: Piece | Exception) -> None:
+        try:
+            request.receive(said)
+        except Exception:
+            logger.exception("a request ends: what was to receive its answer failed")
+            self.cancel(request)
 
 
 def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:

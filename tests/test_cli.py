@@ -1,10 +1,12 @@
 """The command line over a stand-in for the model: how arguments map, what is printed, which exit code."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,14 +138,30 @@ def test_every_option_reaches_the_library(model: FakeModel) -> None:
     }
 
 
-def test_every_option_reaches_the_server(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What would be served; no address is taken."""
     served = []
+    monkeypatch.setattr("phi4mm_jax.serving.process.bind", lambda _: contextlib.nullcontext())
     monkeypatch.setattr("phi4mm_jax.serving.process.serve", lambda *args: served.append(args))
+    return served
+
+
+def test_an_address_that_is_taken(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port)]) == 2
+    expected = f"phi4mm: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+    assert capsys.readouterr().err == expected
+    assert not model.loaded
+
+
+def test_every_option_reaches_the_server(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serving(monkeypatch)
     options = "--host 0.0.0.0 --port 80 --rows 2 --context 900 --max-waiting 5 --request-timeout 9 --drain-timeout 3 "
     options += "--max-body-bytes 1000 --model-name a --model-name b --any-model-name --api-key k --cors-origin x "
     options += "--media-directory /media --private-hosts --no-warm-up --verbose"
     assert cli.main(["serve", "--model", "M", *options.split()]) == 0
-    ((asked, settings, verbose),) = served
+    ((asked, settings, _, verbose),) = served
     assert (asked, model.loaded["name"], verbose) == (model, "M", True)
     media = dataclasses.replace(ServerSettings().media, local_files=True, directory=Path("/media"), private_hosts=True)
     assert settings == ServerSettings(
@@ -165,8 +183,7 @@ def test_every_option_reaches_the_server(model: FakeModel, monkeypatch: pytest.M
 
 
 def test_a_server_is_closed_unless_it_is_opened(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = []
-    monkeypatch.setattr("phi4mm_jax.serving.process.serve", lambda *args: served.append(args))
+    served = serving(monkeypatch)
     monkeypatch.setenv("PHI4MM_API_KEY", "from the environment")
     assert cli.main(["serve"]) == 0
     settings = served[0][1]

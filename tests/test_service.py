@@ -11,7 +11,7 @@ from phi4mm_jax import Phi4MM
 from phi4mm_jax.answer import Output
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.runtime.limits import RequestError
-from phi4mm_jax.runtime.memory import MemoryPlanError
+from phi4mm_jax.runtime.memory import MemoryPlanError, plan_memory
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.service import QueueFullError, Request, RequestTimeoutError, Service
 
@@ -203,3 +203,90 @@ def test_reports_every_cache(model):
         service.submit([caller.request])
         caller.tokens()
     assert [(plan.batch, plan.length) for plan in plans] == [(2, 256)]
+
+
+def test_a_receiver_that_fails_ends_its_request_alone(service, alone):
+    def fail(_):
+        raise OSError("nobody is there")
+
+    endless, good = dataclasses.replace(PARAMS, max_tokens=900), Caller(prompt(0))
+    service.submit([Request(prompt=prompt(1), params=endless, receive=fail, streaming=True), good.request])
+    assert good.tokens() == alone(0)
+    service.release()
+    assert service.load().counts.prompt_tokens == 24
+
+
+def test_a_cache_that_cannot_be_made(service, alone, monkeypatch):
+    """What the plan did not foresee ends the request that was to begin, and is not tried for ever."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    caller = Caller(prompt(0))
+    with monkeypatch.context() as patch:
+        patch.setattr("phi4mm_jax.service.Engine", fail)
+        service.submit([caller.request])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            caller.tokens()
+    service.submit([caller.request])
+    assert caller.tokens() == alone(0)
+
+
+@pytest.fixture
+def limited(service, model, monkeypatch):
+    """Gives the device no more memory than a cache of some shape needs."""
+
+    def limit(*shape, beyond=0):
+        plan = plan_memory(model.steps, *shape)
+
+        def available(_):
+            load = service.load()
+            taken = plan_memory(model.steps, load.rows, load.length).state if load.rows else 0
+            return plan.total - plan.weights + beyond - taken
+
+        monkeypatch.setattr("phi4mm_jax.service.available_memory", available)
+
+    return limit
+
+
+def test_what_no_memory_is_for_ends_alone(service, alone, limited):
+    limited(1, 1024, beyond=-1)
+    callers = [Caller(prompt(0)), Caller(prompt(1, 600)), Caller(prompt(2))]
+    service.submit([caller.request for caller in callers])
+    assert callers[0].tokens() == alone(0)
+    with pytest.raises(MemoryPlanError):
+        callers[1].tokens()
+    assert callers[2].tokens() == alone(2)
+
+
+def test_a_busy_cache_grows_as_far_as_memory_allows(service, model, alone, limited):
+    first = Caller(prompt(0), dataclasses.replace(PARAMS, max_tokens=200), streaming=True)
+    service.submit([first.request])
+    pieces = first.pieces()
+    next(pieces)
+    limited(2, 256, beyond=plan_memory(model.steps, 1, 256).state)  # the old and the new one
+    callers = [Caller(prompt(seed)) for seed in range(1, 4)]
+    service.submit([caller.request for caller in callers])
+    assert [caller.tokens() for caller in callers] == [alone(seed) for seed in range(1, 4)]
+    assert service.load().rows == 2
+    assert sum(len(piece.token_ids) for piece in pieces) == 199
+
+
+def test_what_has_ended_can_be_asked_again(service, alone):
+    caller = Caller(prompt(0))
+    for _ in range(2):
+        service.submit([caller.request])
+        assert caller.tokens() == alone(0)
+        service.release()
+        service.cancel(caller.request)  # does nothing, now or later
+
+
+def test_load_counts_what_has_a_row(service):
+    callers = [Caller(prompt(seed, 100), dataclasses.replace(PARAMS, max_tokens=50)) for seed in range(12)]
+    service.submit([caller.request for caller in callers])
+    next(callers[0].pieces())
+    load = service.load()
+    assert (load.running, load.waiting, load.rows) == (4, 8, 4)
+    assert 400 <= load.used < 600
+    for caller in callers:
+        service.cancel(caller.request)

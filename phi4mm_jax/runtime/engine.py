@@ -79,6 +79,8 @@ class _Row:
     media: list[Medium]
     contents: Contents
     """Of the whole prompt."""
+    keys: np.ndarray
+    """[T] int64: those of the prompt and of its answer so far, with room for the rest."""
     slot: int = -1
     encodings: list[Encoding] = dataclasses.field(default_factory=list)
     """Of its media, as long as it may have to be run again."""
@@ -121,9 +123,9 @@ class _Row:
 
     def held(self) -> Contents:
         """What its row of the cache holds for certain."""
-        keys = np.concatenate([self.contents.keys, np.asarray(self.tokens[:-1], np.int64)])
-        length = len(keys) if self.decoding else self.work.done if self.work else self.cached
-        return Contents(keys[:length], self.contents.kind)
+        known = len(self.prompt.token_ids) + max(len(self.tokens) - 1, 0)
+        length = known if self.decoding else min(self.work.done, known) if self.work else self.cached
+        return Contents(self.keys[:length], self.contents.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Engine:
         self._last_used = [0] * batch
         self._clock = itertools.count(1)
         self._encoder_calls: deque[EncoderCall] = deque()
+        self._prefills_next = True  # where media and prompts take turns
         self._encodings = EncodingCache(_cached_tokens(steps))
         self._pending: deque[_Pending] = deque()
         self._in_flight: deque[jax.Array] = deque()  # results of calls that the host has not waited for
@@ -184,8 +187,9 @@ class Engine:
         stop_ids = () if params.ignore_eos else self._steps.model.tokens.eos
         media = media_of(self._steps, prompt)
         use_long = len(prompt.token_ids) > self._steps.model.text.original_max_position_embeddings
-        contents = Contents(prompt_keys(prompt, media), (adapter_for(prompt.mode), use_long))
-        row = _Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents)
+        keys = np.concatenate([prompt_keys(prompt, media), np.zeros(max_tokens, np.int64)])
+        contents = Contents(keys[: len(prompt.token_ids)], (adapter_for(prompt.mode), use_long))
+        row = _Row(next(self._ids), prompt, params, max_tokens, stop_ids, constraint, media, contents, keys)
         row.mask = constraint.mask() if constraint else None
         self._waiting.append(row)
         return row.id
@@ -201,6 +205,16 @@ class Engine:
     def waiting(self) -> int:
         """Requests without a row."""
         return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests with a row."""
+        return len(self._rows)
+
+    @property
+    def used(self) -> int:
+        """Positions that they fill, those of their whole prompts included."""
+        return sum(row.filled for row in self._rows)
 
     @property
     def busy(self) -> bool:
@@ -223,7 +237,8 @@ class Engine:
         order += [-1] * (batch - len(order))
         self._state = self._steps.resize(self._state, np.array(order, np.int32), batch=batch, length=length)
         self._slots = [self._slots[old] if old >= 0 else None for old in order]
-        self._left = [self._left[old].first(length - 1) if old >= 0 else NOTHING for old in order]
+        kept = length - 1 - self._steps.runtime.engine.guessed_tokens  # the rest is scratch
+        self._left = [self._left[old].first(kept) if old >= 0 else NOTHING for old in order]
         self._last_used = [self._last_used[old] if old >= 0 else 0 for old in order]
         for slot, row in enumerate(self._slots):
             if row:
@@ -246,8 +261,8 @@ class Engine:
         self._rebuild()
         rows = self._rows
         decoding = sum(row.decoding for row in rows)
-        if max_calls and decoding:
-            max_calls *= max(1, (len(rows) - decoding) // decoding)
+        if max_calls and decoding:  # a row alone can wait; several would leave too few that decode
+            max_calls *= max(1, 4 * (len(rows) - decoding - 1) // decoding)
         longest = None
         if max_calls is not None and decoding:  # two tokens for each row that waits are no longer than its own step
             longest = max(self._steps.runtime.engine.stream_chunk, 2 * decoding)
@@ -341,15 +356,17 @@ class Engine:
     def _work(self, is_hurried: bool, longest: int | None) -> Iterator[None]:
         """Makes the calls of encoders and prefill that there are, one each time it is advanced.
 
-        In a hurry what is ready goes before what is not; otherwise all media are encoded first, so that more prompts
-        share a call. `longest` limits the chunks of prompts.
+        In a hurry media and prompts take turns, so that neither keeps the other waiting; otherwise all media are
+        encoded first, so that more prompts share a call. `longest` limits the chunks of prompts.
         """
         while True:
             ready = [row for row in self._rows if not row.decoding and row.is_encoded]
-            if ready and (is_hurried or not self._encoder_calls):
-                self._prefill(ready, longest)
-            elif self._encoder_calls:
+            if self._encoder_calls and not (ready and is_hurried and self._prefills_next):
                 self._in_flight.append(self._encoder_calls.popleft().run(self._weights))
+                self._prefills_next = True
+            elif ready:
+                self._prefill(ready, longest)
+                self._prefills_next = False
             else:
                 return
             yield
@@ -433,8 +450,8 @@ class Engine:
         return 1
 
     def _allowed(self, rows: Sequence[_Row | None]) -> np.ndarray | None:
-        """The tokens that each row may draw [R, V / 32] uint32; None if no row at work has a constraint."""
-        if not any(row and row.constraint for row in self._slots):
+        """The tokens that each row may draw [R, V / 32] uint32; None if none has a constraint."""
+        if not any(row and row.constraint for row in rows):
             return None
         words = -(-self._steps.model.text.vocab_size // 32)
         allowed = np.full((len(rows), words), 0xFFFFFFFF, np.uint32)
@@ -453,6 +470,7 @@ class Engine:
             if not row.live or not len(columns):
                 continue
             tokens = drawn.tokens[i, columns].tolist()
+            row.keys[len(row.prompt.token_ids) + len(row.tokens) :][: len(tokens)] = tokens
             row.tokens += tokens
             reason = None
             if tokens[-1] in row.stop_ids:

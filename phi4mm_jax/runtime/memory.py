@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,7 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
     """Plans `batch` rows of `length` cache positions with `media_tokens` encoded tokens among them."""
     state = steps.state_shapes(batch, length)
     return MemoryPlan(
-        weights=bytes_per_device(
-            [placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in steps.abstract().items()]
-        ),
+        weights=_weights(steps),
         cache=bytes_per_device(state.caches),
         sampling=bytes_per_device(dataclasses.replace(state, caches=[])),
         media=max(
@@ -104,6 +103,19 @@ def plan_memory(steps: Steps, batch: int, length: int, media_tokens: int = 0) ->
         batch=batch,
         length=length,
     )
+
+
+_known: weakref.WeakKeyDictionary[Steps, int] = weakref.WeakKeyDictionary()
+
+
+def _weights(steps: Steps) -> int:
+    """Bytes per device of all parameters, counted once: a busy service plans between the steps of its requests."""
+    if steps not in _known:
+        leaves = steps.abstract().items()
+        _known[steps] = bytes_per_device(
+            [placed_shape(path, leaf, steps.runtime.quantization) for path, leaf in leaves]
+        )
+    return _known[steps]
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -149,18 +149,24 @@ def prefill_arguments(steps: Steps, call: PrefillCall) -> tuple[Any, ...]:
 
 
 def _place_media(steps: Steps, call: PrefillCall) -> tuple[jax.Array | None, np.ndarray | None]:
-    """The call's media embeddings [R, T, D] and where they count [R, T]; None for a call without any."""
+    """The call's media embeddings [R, M, D] and where they count [R, T]; None for rows of text alone.
+
+    M is the longest chunk there is, so that the size of this one compiles nothing. A chunk without media of a row that
+    has some gets a blank, so that it runs the same program as the others.
+    """
+    if not any(row.adapter for row in call.rows):
+        return None, None
+    shape = len(call.rows), steps.runtime.engine.prefill_buckets[-1]
     indices: dict[int, tuple[jax.Array, np.ndarray]] = {}  # one entry per encoder call, which rows may share
     for i, (row, start) in enumerate(zip(call.rows, call.starts, strict=True)):
         for placement in row.placements:
             part = placement.index[start : start + call.size]
             if np.any(part >= 0):
-                blank = np.full((len(call.rows), call.size), -1, np.int32)
+                blank = np.full(shape, -1, np.int32)
                 _, index = indices.setdefault(id(placement.embeddings), (placement.embeddings, blank))
                 index[i, : len(part)] = np.maximum(index[i, : len(part)], part)
-    if not indices:
-        return None, None
-    media = steps.empty_media(len(call.rows), call.size)
+    media, is_media = steps.empty_media(*shape), np.zeros(shape, np.bool_)
     for embeddings, index in indices.values():
         media = steps.place_media(media, embeddings, index)
-    return media, np.any([index >= 0 for _, index in indices.values()], axis=0)
+        is_media |= index >= 0
+    return media, is_media[:, : call.size]

@@ -226,7 +226,7 @@ class Steps:
         leaves: Leaves,
         caches: list[LayerCache],
         tokens: jax.Array,  # [R, T] int32, right-padded
-        media: jax.Array | None,  # [R, T, D], read where `is_media`
+        media: jax.Array | None,  # [R, M, D] with M >= T, read where `is_media`
         is_media: jax.Array | None,  # [R, T] bool
         slots: jax.Array,  # [R] int32: cache row of each prompt
         starts: jax.Array,  # [R] int32: position of the chunk's first token
@@ -242,7 +242,7 @@ class Steps:
         text = self._towers["text"].merge(leaves)
         x = text.embed.encode(tokens, self.activation_dtype)
         if media is not None:
-            x = jnp.where(is_media[..., None], media, x)
+            x = jnp.where(is_media[..., None], media[:, : tokens.shape[1]], x)
         positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         attend = prefill_attend(
             slots, starts, scale=self._attention_scale, block_size=self.runtime.engine.prefill_block

@@ -60,17 +60,18 @@ class Backend:
         self._threads = ThreadPoolExecutor(settings.preparing_threads, thread_name_prefix="phi4mm-prepare")
         self._preparing = 0
 
-    def check_model(self, name: str) -> None:
-        """Raises an ApiError, 404, if no model has this name."""
-        if name not in self.model_names and not self.settings.any_model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raises an ApiError, 404, if no model has this name; None is whatever there is."""
+        if name is not None and name not in self.model_names and not self.settings.any_model_name:
             known = ", ".join(self.model_names)
             raise ApiError(
                 404, f"model: there is no {quote(name)} here but {known}", param="model", code="model_not_found"
             )
 
-    def check_number(self, answers: int) -> None:
-        """Raises an ApiError, 400, if so many answers are never accepted together."""
-        if answers > (most := self.settings.max_waiting):
+    def check_count(self, answers: int) -> None:
+        """Raises an ApiError if so many answers can never be asked for at once."""
+        most = self.settings.max_waiting
+        if answers > most:
             raise ApiError(400, f"{answers} answers are asked for at once; at most {most} are accepted", param="n")
 
     async def prepare(self, make: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -61,6 +61,10 @@ def _share(steps: Steps) -> float:
 
 
 def _padding(engine: EngineConfig) -> int:
-    """Positions beyond a sequence's own: what prefilling it may pad at most, and one that is never read."""
+    """Positions beyond a sequence's own: what prefilling it may pad at most, and scratch."""
     lengths = range(1, engine.prefill_buckets[-1] + 1)
-    return 1 + max(sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_call_cost)) - n for n in lengths)
+    return (
+        1
+        + engine.guessed_tokens
+        + max(sum(plan_chunks(n, engine.prefill_buckets, engine.prefill_call_cost)) - n for n in lengths)
+    )

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from phi4mm_jax.api import Phi4MM
+from phi4mm_jax.config import ConfigError
 from phi4mm_jax.serving.app import create_app
 from phi4mm_jax.serving.backend import Backend
 from phi4mm_jax.serving.settings import ServerSettings
@@ -60,11 +61,32 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(model: Phi4MM, settings: ServerSettings, verbose: bool = False) -> None:
+def bind(settings: ServerSettings) -> socket.socket:
+    """Takes the address, before anything is loaded; nobody can connect yet.
+
+    Raises:
+      ConfigError: it cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror}") from None
+    return listener
+
+
+def serve(model: Phi4MM, settings: ServerSettings, listener: socket.socket, verbose: bool = False) -> None:
     """Serves a model until SIGINT or SIGTERM.
+
+    Args:
+      model: loaded.
+      settings: of the server.
+      listener: from `bind`.
+      verbose: log every request.
 
     Raises:
       ConfigError, MemoryPlanError: see `create_app`.
     """
-    app = create_app(model, settings)
-    Server(app, settings, verbose).run()
+    Server(create_app(model, settings), settings, verbose).run([listener])

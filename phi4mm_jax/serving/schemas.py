@@ -75,7 +75,7 @@ TokenIds = Annotated[list[int], Field(fail_fast=True)]
 class AnswerFields(Fields):
     """What chat and plain completions have in common."""
 
-    model: str = "default"
+    model: str | None = None
     n: int = Field(1, ge=1, le=128, description="Answers to each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -214,7 +214,7 @@ class AudioFields(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     file: UploadFile = Field(description="A recording: WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF.")
-    model: str = "default"
+    model: str | None = None
     prompt: str = Field("", description="Follows the instruction to the model.")
     temperature: float = 0.0
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
@@ -232,7 +232,7 @@ class TranscriptionFields(AudioFields):
 class TokenizeFields(Fields):
     """Text, or a conversation, to token ids."""
 
-    model: str = "default"
+    model: str | None = None
     prompt: str | None = Field(None, description="Text in which control tokens are live.")
     messages: list[Message] | None = Field(None, max_length=MAX_MESSAGES, description="As for chat completions.")
     tools: list[dict[str, Any]] | None = None
@@ -242,5 +242,5 @@ class TokenizeFields(Fields):
 class DetokenizeFields(Fields):
     """Token ids to text."""
 
-    model: str = "default"
+    model: str | None = None
     tokens: TokenIds

@@ -59,7 +59,11 @@ def _batches(backend: Backend) -> Iterator[tuple[str, list[Question]]]:
     digits = backend.grammars.regex("[0-9]{9}")
     yield "text, by a grammar", [Question(prompt=text, params=SamplingParams(max_tokens=2), grammar=digits)]
     for i, length in enumerate(backend.engine.prefill_buckets):  # each of other tokens, which no cache holds
-        yield f"{length} tokens", [Question(prompt=backend.processor.raw([1 + i] * length), params=_GREEDY)]
+        more = np.full(length, 1 + i, np.int32)
+        longer = [dataclasses.replace(p, token_ids=np.append(p.token_ids, more)) for p in (picture, clips[0])]
+        prompts = [Prompt(more), *longer]
+        for prompt in prompts:
+            yield f"{length} tokens, {prompt.mode.name.lower()}", [Question(prompt=prompt, params=_GREEDY)]
 
 
 def _prompts(backend: Backend) -> list[Prompt]:

@@ -214,6 +214,21 @@ def test_rows_decode_while_others_are_prepared(fresh, alone, prompts):
     assert {id: tokens[id] for id in late} == {id: alone(prompt) for id, prompt in late.items()}
 
 
+def test_media_and_texts_take_turns(steps, weights, prompts):
+    """While others decode, a picture is prepared however many texts come after it."""
+    engine = Engine(steps, weights, 6, LENGTH)
+    for seed in range(3):
+        engine.submit(joined(text(seed, 5)), SamplingParams(max_tokens=100, ignore_eos=True))
+    engine.step(1)
+    engine.step(1, 1)
+    picture = engine.submit(prompts["image_bottom"], GREEDY)
+    for seed in range(3, 15):
+        engine.submit(joined(text(seed, 10)), dataclasses.replace(GREEDY, max_tokens=1))
+        if any(event.request == picture for event in engine.step(1, 1)):
+            return
+    pytest.fail("the picture still waits")
+
+
 # --- shapes --------------------------------------------------------------------------------------------------
 
 

@@ -84,3 +84,19 @@ def test_the_cache_has_room_for_guesses(guessing, text_prompt, run, tokens_of):
     engines = [Engine(*guessing, 1, size) for size in (cache_length(guessing[0], prompt, 40), LENGTH)]
     tight, wide = (tokens_of(run(engine, {"row": prompt}, GREEDY)["row"]) for engine in engines)
     assert tight == wide
+
+
+def test_a_shorter_cache_keeps_nothing_where_guesses_are_written(build, runtime, run, tokens_of):
+    """Rows that sit out write guesses to scratch; once the cache grows again, these positions count."""
+    engine = Engine(*build(runtime.override(engine={"guessed_tokens": 3})), 2, 256)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=0)
+    rng = np.random.default_rng(0)
+    prompt, other = ({"row": Prompt(rng.integers(2, 490, n).astype(np.int32))} for n in (150, 30))
+    first = run(engine, prompt, params)["row"]
+    engine.resize(2, 128)
+    run(engine, other, params)
+    engine.resize(2, 256)
+    again = run(engine, prompt, params)["row"]
+    assert again[0].cached == 128 - 4
+    assert tokens_of(again) == tokens_of(first)
+    np.testing.assert_allclose(*([x.logprob for e in es for x in e.logprobs] for es in (again, first)), atol=2e-4)

@@ -32,6 +32,7 @@ def test_page_and_reference(http):
     assert http.get("/static/chat.js").status_code == 200
     assert http.get("/static/../app.py").status_code == 404
     paths = http.get("/openapi.json").json()["paths"]
+    assert list(paths["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]) == ["multipart/form-data"]
     assert {"/v1/chat/completions", "/v1/audio/transcriptions", "/tokenize", "/metrics"} <= set(paths)
     assert http.get("/docs").status_code == 200
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import signal
 import subprocess
@@ -59,6 +60,27 @@ def test_a_second_ctrl_c_does_not_wait(process):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(2) == 130
+
+
+def test_kill_and_restart(tmp_path):
+    """A kill -9 amid an answer leaves compiled programs that the next start takes as they are."""
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = []
+    for _ in range(2):
+        with subprocess.Popen([*COMMAND, *SMALL], stdout=subprocess.PIPE, env=os.environ | kept, text=True) as process:
+            try:
+                url = process.stdout.readline().split()[2].rstrip(",")
+                with httpx.stream("POST", f"{url}/v1/chat/completions", json=ENDLESS, timeout=120) as answer:
+                    lines = answer.iter_lines()
+                    while '"content":"1"' not in next(lines):
+                        pass
+                    process.kill()
+                    with pytest.raises(httpx.RemoteProtocolError):
+                        list(lines)
+            finally:
+                process.kill()
+        found.append({path.name for path in tmp_path.glob("*-cache")})
+    assert found[0] and found[1] == found[0]
 
 
 def test_settings_are_checked_before_anything_is_loaded():

@@ -33,7 +33,11 @@ router = APIRouter(tags=["audio"])
 
 
 @router.post("/v1/audio/transcriptions")
-async def transcriptions(fields: Annotated[TranscriptionFields, Form()], request: Request, backend: TheBackend) -> Any:
+async def transcriptions(
+    fields: Annotated[TranscriptionFields, Form(media_type="multipart/form-data")],
+    request: Request,
+    backend: TheBackend,
+) -> Any:
     """Writes down a recording of any length."""
     called = time.perf_counter()
     language = _language(fields.language)
@@ -49,7 +53,9 @@ async def transcriptions(fields: Annotated[TranscriptionFields, Form()], request
 
 
 @router.post("/v1/audio/translations")
-async def translations(fields: Annotated[AudioFields, Form()], request: Request, backend: TheBackend) -> Any:
+async def translations(
+    fields: Annotated[AudioFields, Form(media_type="multipart/form-data")], request: Request, backend: TheBackend
+) -> Any:
     """Translates a recording to English."""
     called = time.perf_counter()
     transcription, recording = await _begin(fields, TRANSLATE_INSTRUCTION, called, request, backend)

@@ -27,7 +27,7 @@ async def chat_completions(fields: ChatFields, request: Request, backend: TheBac
     """Answers a conversation, whole or streamed."""
     called = time.perf_counter()
     backend.check_model(fields.model)
-    backend.check_number(fields.n)
+    backend.check_count(fields.n)
     params = fields.params(max_tokens=fields.limit, logprobs=fields.num_logprobs)
     prompt, structure = await while_connected(request, backend.prepare(_prepare, fields, backend))
     questions = [Question(prompt=prompt, params=p, grammar=structure.grammar) for p in params]

@@ -27,7 +27,7 @@ async def completions(fields: CompletionFields, request: Request, backend: TheBa
     """Goes on with each prompt, whole or streamed; choice `i * n + j` is the j-th answer to prompt i."""
     called = time.perf_counter()
     backend.check_model(fields.model)
-    backend.check_number(len(fields.prompts) * fields.n)
+    backend.check_count(len(fields.prompts) * fields.n)
     params = fields.params(max_tokens=fields.max_tokens, logprobs=fields.logprobs)
     prompts, grammar = await while_connected(request, backend.prepare(_prepare, fields, backend))
     questions = [Question(prompt=prompt, params=p, grammar=grammar) for prompt in prompts for p in params]
