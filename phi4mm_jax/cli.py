@@ -162,6 +162,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request-timeout", type=float, metavar="S", dest="request_timeout_s", help="seconds (600)")
     group.add_argument("--drain-timeout", type=float, metavar="S", dest="drain_timeout_s", help="at the end (30)")
     group.add_argument("--max-body-bytes", type=int, metavar="N", help="largest request, media included (100 MB)")
+    group.add_argument("--max-held-bytes", type=int, metavar="N", help="largest requests together (1 GB)")
     group.add_argument("--model-name", action="append", metavar="X", dest="model_names", help="what requests call it")
     group.add_argument("--any-model-name", action="store_true", help="let requests call the model anything")
     group.add_argument("--api-key", metavar="K", help="ask for it in every request; default: $PHI4MM_API_KEY")

@@ -399,3 +399,19 @@ def test_released_vocabulary(released_tokenizer_directory: Path) -> None:
         assert token in tokens_of(constraint.mask())
         constraint.accept(token)
     assert tokens_of(constraint.mask()) == sorted(eos)
+
+
+def test_of_a_long_forced_text_only_the_beginning_is_encoded(grammars, tokenizer, eos, monkeypatch):
+    text, lengths = "What is 21 plus 84 " * 100, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda t, **options: lengths.append(len(t)) or encode(t, **options))
+    constraint, drawn = grammars.regex(text).constraint(), []
+    while True:
+        allowed = np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little"))
+        constraint.accept(int(allowed[0]))
+        if allowed[0] in eos:
+            break
+        assert len(allowed) == 1
+        drawn.append(int(allowed[0]))
+    assert drawn == encode(text, allow_special=False)
+    assert max(lengths) <= 512
