@@ -282,11 +282,11 @@ def test_what_has_ended_can_be_asked_again(service, alone):
 
 
 def test_load_counts_what_has_a_row(service):
-    callers = [Caller(prompt(seed, 100), dataclasses.replace(PARAMS, max_tokens=50)) for seed in range(12)]
+    callers = [Caller(prompt(seed, 100), dataclasses.replace(PARAMS, max_tokens=600)) for seed in range(12)]
     service.submit([caller.request for caller in callers])
     next(callers[0].pieces())
     load = service.load()
     assert (load.running, load.waiting, load.rows) == (4, 8, 4)
-    assert 400 <= load.used < 600
+    assert 400 <= load.used < 1200
     for caller in callers:
         service.cancel(caller.request)

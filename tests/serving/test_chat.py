@@ -188,7 +188,7 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "string or a list"),
     ({"messages": [*SUM, {"role": "user", "content": [{"type": "film"}]}]}, "messages[1].content[0].type", "accepted"),
     ({"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0].image_url.url", "picture|image"),
-    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt", "5"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt", "more than the 2048 tokens"),
 ]
 
 
