@@ -187,9 +187,10 @@ async def intruded(client: httpx.AsyncClient, size: Sequence[int]) -> tuple[list
 
 async def _text_of(client: httpx.AsyncClient, tokens: int) -> str:
     """Words of about so many tokens."""
-    text = "one two three four " * tokens
-    reply = await client.post(str(client.base_url).replace("/v1/", "/tokenize"), json={"prompt": text})
-    return text[: len(text) * tokens // len(reply.json()["tokens"])]
+    words = "one two three four " * 32
+    reply = await client.post(str(client.base_url).replace("/v1/", "/tokenize"), json={"prompt": words})
+    per_token = len(words) / len(reply.json()["tokens"])
+    return (words * tokens)[: int(per_token * tokens)]
 
 
 # --- the server ----------------------------------------------------------------------------------------------
