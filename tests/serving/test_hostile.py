@@ -102,8 +102,11 @@ def check_memory(act, within=32 << 20):
 
 
 @contextlib.contextmanager
-def responsive(url, within=2.0):
-    """Asks meanwhile again and again whether the server is alive; it says so each time within so many seconds."""
+def responsive(url, within=5.0):
+    """Asks meanwhile again and again whether the server is alive; it says so each time within so many seconds.
+
+    On a machine with nothing else to do it takes less than one; what this finds is a loop that is blocked.
+    """
     waits, over = [], threading.Event()
 
     def ask():
