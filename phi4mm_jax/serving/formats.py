@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from phi4mm_jax.answer import Usage
@@ -61,12 +62,11 @@ class LogprobsFormat:
             return None
         entries = [e for e in entries if e.token_id not in self._ends]
         tokens = [self._spelled(e.token_id) for e in entries]
-        offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
         return {
             "tokens": tokens,
             "token_logprobs": [max(e.logprob, _LEAST) for e in entries],
             "top_logprobs": [{self._spelled(id): max(value, _LEAST) for id, value in e.top} for e in entries],
-            "text_offset": offsets,
+            "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
         }
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
