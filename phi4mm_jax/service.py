@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from phi4mm_jax.answer import Answer, Output, Piece
 from phi4mm_jax.processing.prompt import Prompt
@@ -136,7 +135,10 @@ class Service:
           Exception: whatever `submit` raises, or ends one of the requests.
         """
         inbox: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
-        own = [dataclasses.replace(request, receive=partial(_put, inbox, i)) for i, request in enumerate(requests)]
+        own = [
+            dataclasses.replace(request, receive=lambda said, i=i: inbox.put((i, said)))
+            for i, request in enumerate(requests)
+        ]
         self.submit(own)
         unfinished = set(own)
         try:
@@ -330,7 +332,3 @@ class Service:
         except Exception:
             logger.exception("a request ends: what was to receive its answer failed")
             self.cancel(request)
-
-
-def _put(inbox: queue.SimpleQueue[tuple[int, Piece | Exception]], i: int, piece: Piece | Exception) -> None:
-    inbox.put((i, piece))
