@@ -1,0 +1,1 @@
+"""Batch evaluation: tasks in, scores out."""

@@ -1,0 +1,138 @@
+"""A task: where its rows come from, how they are asked, and how answers are scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.evaluation.items import EvaluationError, Item, Row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A split of a dataset on the hub, in Parquet."""
+
+    repo: str
+    """Such as "lmms-lab/DocVQA"."""
+    config: str | None = None
+    """Its configuration; None for the only one."""
+    split: str = "test"
+    """Which part of it."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where a row has what. Of several names the first that the row has counts."""
+
+    name: tuple[str, ...] = ("id",)
+    """The item's name; the row's number where there is none."""
+    images: tuple[str, ...] = ()
+    """Pictures, each column one or a list of them; those that are null are left out."""
+    audios: tuple[str, ...] = ()
+    """Recordings, likewise."""
+    references: tuple[str, ...] = ("answers", "answer")
+    """Right answers: a string, a number, or a list of these."""
+    subset: tuple[str, ...] = ()
+    """What results are broken down by."""
+    facts: tuple[str, ...] = ()
+    """Columns that the metric needs, all of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """A score that others report for the released model."""
+
+    score: float
+    """Percent, or points of BLEU."""
+    source: str
+    """Who, and on what, where it differs from this task."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What `phi4mm eval NAME` runs."""
+
+    name: str
+    """Lower case; a part of a suite has the suite's name before a slash."""
+    title: str
+    """As papers write it."""
+    source: HubDataset | Path
+    """Its rows: on the hub, or a local directory, JSONL or CSV."""
+    columns: Columns = Columns()
+    """Where a row has what."""
+    prompt: str = "{question}"
+    """Text of the user, with columns in braces; `{{` is a brace."""
+    max_tokens: int = 128
+    """Of an answer."""
+    metric: str
+    """By name, see `metrics.metric`."""
+    prepare: Callable[[Row], Iterable[Row]] | None = None
+    """Turns a raw row into one or several; for what `columns` cannot say."""
+    published: Published | None = None
+    """What others report."""
+    note: str = ""
+    """What a reader of the score must know."""
+
+    def items(self, number: int, row: Row, directory: Path | None = None) -> list[Item]:
+        """The items of a row.
+
+        Args:
+          number: of the row in its dataset.
+          row: by column.
+          directory: that relative paths of media are relative to.
+
+        Raises:
+          EvaluationError: the row lacks what the task needs; the message names the column.
+        """
+        rows = list(self.prepare(row)) if self.prepare else [row]
+        ids = [str(number)] if len(rows) == 1 else [f"{number}.{i}" for i in range(len(rows))]
+        return [self._item(id, row, directory) for id, row in zip(ids, rows, strict=True)]
+
+    def _item(self, id: str, row: Row, directory: Path | None) -> Item:
+        columns = self.columns
+        name = _first(row, columns.name)
+        references = _first(row, columns.references)
+        if references is None:
+            raise EvaluationError(f"{self.name}: row {id} has none of the columns {', '.join(columns.references)}")
+        try:
+            prompt = self.prompt.format_map(row)
+        except KeyError as error:
+            raise EvaluationError(f"{self.name}: row {id} has no column {error}, which the prompt shows") from None
+        facts = {column: row[column] for column in columns.facts}
+        subset = _first(row, columns.subset)
+        if subset is not None:
+            facts["subset"] = str(subset)
+        if "group" in row:
+            facts["group"] = row["group"]
+        return Item(
+            id=id,
+            name=id if name is None else str(name),
+            prompt=prompt,
+            images=tuple(_media(row, columns.images, directory)),
+            audios=tuple(_media(row, columns.audios, directory)),
+            references=tuple(map(str, references if isinstance(references, (list, tuple)) else [references])),
+            facts=facts,
+        )
+
+
+def _first(row: Row, names: Iterable[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _media(row: Row, columns: Iterable[str], directory: Path | None) -> Iterable[Any]:
+    """Media of some columns: bytes, or paths that no longer depend on where the dataset is."""
+    for column in columns:
+        found = row.get(column)
+        for medium in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(medium, Mapping):  # as Parquet files hold them
+                medium = medium.get("bytes") or medium.get("path")
+            if medium is None:
+                continue
+            if isinstance(medium, (str, os.PathLike)) and directory and "://" not in str(medium)[:20]:
+                medium = str(medium) if str(medium).startswith("data:") else directory / medium
+            yield medium
