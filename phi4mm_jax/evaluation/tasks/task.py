@@ -88,7 +88,7 @@ class Task:
     max_tokens: int = 128
     """Of an answer."""
     metric: str
-    """By name, see `metrics.metric`."""
+    """By name, see `metrics.registry`."""
     prepare: Callable[[Row], Iterable[Row]] | None = None
     """Turns a raw row into one or several; for what `columns` cannot say."""
     published: Published | None = None
