@@ -27,8 +27,8 @@ def custom(
     """A task whose rows are a file's or folder's; its first row says of which form they are.
 
     Columns: `image` or `images`, `audio` or `audios`, `prompt` or `question`, `answers` or `answer`; and if there are
-    any `id`, `subset`, `metric` (the same in all rows), `options` (a list: a multiple choice) and `transcript`. Or
-    recordings to be transcribed, as manifests of speech recognition have them: `audio_filepath` (or `audio`) and `text`.
+    any `id`, `subset`, `metric` (the same in all rows), `options` (a list: a multiple choice) and `transcript`. Or of
+    recordings to be transcribed, as manifests of speech recognition are: `audio_filepath` or `audio`, and `text`.
 
     Args:
       path: of a JSONL or CSV, or of a folder with one or with Parquet; media are relative to it.

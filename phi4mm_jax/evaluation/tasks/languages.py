@@ -29,9 +29,7 @@ class Language:
 
 
 ENGLISH = Language(code="en", name="English", fleurs="en_us", error_rate="wer")
-CHINESE = Language(
-    code="zh", name="Chinese", fleurs="cmn_hans_cn", region="-CN", error_rate="cer:zh", bleu="bleu:zh"
-)
+CHINESE = Language(code="zh", name="Chinese", fleurs="cmn_hans_cn", region="-CN", error_rate="cer:zh", bleu="bleu:zh")
 GERMAN = Language(code="de", name="German", fleurs="de_de", error_rate="wer:de")
 FRENCH = Language(code="fr", name="French", fleurs="fr_fr", error_rate="wer:fr")
 ITALIAN = Language(code="it", name="Italian", fleurs="it_it", error_rate="wer:it")

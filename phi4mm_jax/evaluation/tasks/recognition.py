@@ -13,15 +13,13 @@ TRANSCRIPTS = ("text", "sentence", "normalized_text", "transcript", "transcripti
 
 _CLIPS = Columns(name=("id", "file_name"), audios=("audio",), references=TRANSCRIPTS)
 _LEADERBOARD = "Open ASR leaderboard of 2026-03-26"
-_NORMALISER = "The leaderboard's own normaliser drops more fillers and joins more words than Whisper's, which is used here."
+_NORMALISER = "The leaderboard's normaliser drops more fillers and joins more words than Whisper's, used here."
 
 
 def _recognition(
     name: str, title: str, source: HubDataset, metric: str = "wer", columns: Columns = _CLIPS, **fields: object
 ) -> Task:
-    return Task(
-        name=name, title=title, source=source, columns=columns, prompt=TRANSCRIBE, metric=metric, **fields
-    )
+    return Task(name=name, title=title, source=source, columns=columns, prompt=TRANSCRIBE, metric=metric, **fields)
 
 
 def _leaderboard(
@@ -80,9 +78,7 @@ def _multilingual(collection: str, title: str, language: Language, error_rate: f
     return _recognition(
         f"multilingual-asr/{collection}-{language.code}",
         f"{title}, {language.name}",
-        HubDataset(
-            repo="hf-audio/open-asr-leaderboard-multilingual-datasets", config=f"{collection}_{language.code}"
-        ),
+        HubDataset(repo="hf-audio/open-asr-leaderboard-multilingual-datasets", config=f"{collection}_{language.code}"),
         language.error_rate,
         published=Published(score=error_rate, source="Open ASR leaderboard, multilingual"),
     )

@@ -47,7 +47,7 @@ VISION_SPEECH = Suite(
             _S_AI2D,
             columns=dataclasses.replace(_S_AI2D.columns, references=("answer",), facts=("options",)),
             prepare=spoken_choice,
-            note="Columns: `image`, `audio` (question and options), `answer` (a letter, or a number from 0), `options`.",
+            note="Columns: `image`, `audio` (question and options), `answer` (a letter, or a number from 0).",
         ),
         _spoken("chartqa", "s_ChartQA", "relaxed_accuracy", 16, 69.0),
         _spoken("docvqa", "s_DocVQA", "anls", 32, 87.3),
