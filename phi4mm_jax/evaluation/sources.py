@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from phi4mm_jax.evaluation.items import EvaluationError, Row
+from phi4mm_jax.evaluation.joined import JoinedRows
 from phi4mm_jax.evaluation.manifests import read_folder, read_manifest
 from phi4mm_jax.evaluation.parquet import ParquetRows, find_split, splits_of
-from phi4mm_jax.evaluation.repositories import CONVERTED, LocalRepository, open_repository
-from phi4mm_jax.evaluation.tasks.task import HubDataset
+from phi4mm_jax.evaluation.repositories import CONVERTED, LocalRepository, Repository, open_repository
+from phi4mm_jax.evaluation.tasks.task import HubDataset, JoinedDataset
 
 _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?")
 """How a dataset on the hub is named where a path may stand too."""
@@ -39,7 +40,7 @@ class Source(Protocol):
 
 
 def open_source(
-    source: HubDataset | Path, data: str | Path | None = None, columns: Collection[str] | None = None
+    source: HubDataset | JoinedDataset | Path, data: str | Path | None = None, columns: Collection[str] | None = None
 ) -> Source:
     """Opens the rows of a task; of remote ones no more than the number of rows is fetched.
 
@@ -47,12 +48,15 @@ def open_source(
       source: the task's own.
       data: what the user has in its place. A JSONL, CSV or Parquet file; a directory that holds a copy of a hub
         repository, a manifest or media with texts, or several of these as `owner/name` or `name` of the task's
-        repository; or a repository on the hub, `owner/name[:config[:split]]`.
+        repository; a directory with a JSONL, a CSV or a folder named as the task's configuration; or a repository on
+        the hub, `owner/name[:config[:split]]`. Of a joined dataset, one table is taken for rows that are joined.
       columns: of Parquet files, those that are needed; None for all.
 
     Raises:
       EvaluationError: there is no such thing, it cannot be read, or it lacks the split.
     """
+    if isinstance(source, JoinedDataset):
+        return _joined(source, data, columns)
     own = source if isinstance(source, HubDataset) else None
     if data is None:
         return _on_hub(own, columns) if own else _local(Path(source).expanduser(), None, columns)
@@ -89,7 +93,20 @@ def rows_of_shard(total: int, limit: int | None, shard: tuple[int, int]) -> rang
     return range(counted * (index - 1) // count, counted * index // count)
 
 
+def _joined(dataset: JoinedDataset, data: str | Path | None, columns: Collection[str] | None) -> Source:
+    rows = open_source(dataset.rows, data, columns)
+    others = open_source(dataset.counterparts, data, {dataset.key, *dataset.columns.values()})
+    if rows.description == others.description:
+        return rows
+    return JoinedRows(dataset, rows, open_source(dataset.rows, data, {dataset.key}), others)
+
+
 def _on_hub(dataset: HubDataset, columns: Collection[str] | None) -> Source:
+    if dataset.repo is None:
+        raise EvaluationError(
+            f"{dataset.config}: the hub has no such rows; name yours with --data: a JSONL or CSV, or a directory that "
+            f"holds {dataset.config}.jsonl, {dataset.config}.csv, or a configuration {dataset.config} in Parquet"
+        )
     repository = open_repository(dataset.repo, dataset.revision)
     splits = splits_of(repository)
     if not splits:
@@ -101,8 +118,7 @@ def _on_hub(dataset: HubDataset, columns: Collection[str] | None) -> Source:
             ) from error
         splits = splits_of(repository)
     paths = find_split(splits, dataset.config, dataset.split, dataset.repo)
-    part = ", ".join(part for part in (dataset.config, dataset.split) if part)
-    return ParquetRows(repository, paths, columns, f"{repository.name} ({part})")
+    return ParquetRows(repository, paths, columns, _described(repository, dataset))
 
 
 def _local(path: Path, dataset: HubDataset | None, columns: Collection[str] | None) -> Source:
@@ -110,14 +126,23 @@ def _local(path: Path, dataset: HubDataset | None, columns: Collection[str] | No
         return _file(path, columns)
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such file or directory")
-    if dataset:
-        inside = (path / dataset.repo, path / Path(dataset.repo).name)
-        path = next((directory for directory in inside if directory.is_dir()), path)
     repository = LocalRepository(path)
-    if not (splits := splits_of(repository)):
-        return read_folder(path)
+    splits = splits_of(repository)
+    if dataset and dataset.repo and (dataset.config or "default") not in splits:
+        inside = (path / dataset.repo, path / Path(dataset.repo).name)
+        if copy := next((directory for directory in inside if directory.is_dir()), None):
+            return _local(copy, dataclasses.replace(dataset, repo=None), columns)
+    if not splits:
+        named = [path / f"{dataset.config}{suffix}" for suffix in (".jsonl", ".csv", "")] if dataset else []
+        path = next((part for part in named if part.exists()), path)
+        return read_folder(path) if path.is_dir() else read_manifest(path)
     paths = find_split(splits, dataset and dataset.config, dataset and dataset.split, repository.name)
-    return ParquetRows(repository, paths, columns)
+    return ParquetRows(repository, paths, columns, _described(repository, dataset))
+
+
+def _described(repository: Repository, dataset: HubDataset | None) -> str:
+    part = ", ".join(filter(None, (dataset.config, dataset.split))) if dataset else ""
+    return f"{repository.name} ({part})" if part else repository.name
 
 
 def _file(path: Path, columns: Collection[str] | None) -> Source:

@@ -112,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             directory = Path(drawn) / "cases"
             write_cases(directory, ((test.name, item) for test in TESTS for item in items(test, options.count)))
         cases = read_cases(directory)
+        if not (parts := evaluation_sets(cases)):
+            parser.error(f"{directory}: has no cases of the held-out tests")
         options.out.mkdir(parents=True)
-        write_dataset(options.out, {part: {"test": rows} for part, rows in evaluation_sets(cases).items()})
+        write_dataset(options.out, {part: {"test": rows} for part, rows in parts.items()})
         write_custom(options.out / "custom", cases)
 
 
