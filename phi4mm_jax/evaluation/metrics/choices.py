@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phi4mm_jax.evaluation.items import EvaluationError
 from phi4mm_jax.evaluation.metrics import open_questions
 from phi4mm_jax.evaluation.metrics.answers import plain
-from phi4mm_jax.evaluation.metrics.metric import Metric, fact, mean
+from phi4mm_jax.evaluation.metrics.metric import Grade, Metric, fact, mean
 
 Options = Mapping[str, str]
 """Texts by letter."""
@@ -39,7 +40,7 @@ def mmbench() -> Metric:
     """The option that VLMEvalKit finds without a judge: of MMBench."""
 
     def option(prediction: str, facts: Mapping[str, Any]) -> str | None:
-        return option_by_letter_or_text(prediction, fact(facts, "options", "mmbench"))
+        return option_by_letter_or_text(prediction, _options(facts, "mmbench"))
 
     def grade(prediction: str, references: Sequence[str], facts: Mapping[str, Any]) -> float:
         return option(prediction, facts) in references
@@ -55,7 +56,7 @@ def mmmu() -> Metric:
     """The option, or the number or words, that MMMU's own rules find; but an answer without any is wrong."""
 
     def option(prediction: str, facts: Mapping[str, Any]) -> str | None:
-        return last_option(prediction, fact(facts, "options", "mmmu"))
+        return last_option(prediction, _options(facts, "mmmu"))
 
     def is_open(facts: Mapping[str, Any]) -> bool:
         return fact(facts, "question_type", "mmmu") == "open"
@@ -105,5 +106,12 @@ def last_option(answer: str, options: Options) -> str | None:
     return found if found and places[found] >= 0 else None
 
 
-def _without_option(grade: Any) -> Metric:
+def _options(facts: Mapping[str, Any], metric: str) -> Options:
+    options = fact(facts, "options", metric)
+    if not isinstance(options, Mapping):
+        raise EvaluationError(f"{metric}: the item's options must be texts by letter, not {options!r}")
+    return {letter: str(text) for letter, text in options.items()}
+
+
+def _without_option(grade: Grade) -> Metric:
     return mean("without_option", "answers without an option", grade, lower_is_better=True)

@@ -15,6 +15,9 @@ from phi4mm_jax.evaluation.items import EvaluationError
 Measure = Callable[[str, Sequence[str], Mapping[str, Any]], Sequence[float]]
 """(prediction, references, facts of the item) to the K numbers of one answer."""
 
+Grade = Callable[[str, Sequence[str], Mapping[str, Any]], float]
+"""The same to one number from 0 to 1; there are references."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -40,7 +43,7 @@ class Metric:
 def mean(
     name: str,
     title: str,
-    grade: Callable[[str, Sequence[str], Mapping[str, Any]], float],
+    grade: Grade,
     settings: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Metric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -31,7 +32,8 @@ def _conclusions(answer: str) -> list[str]:
     for line in lines:
         marks = (*_CONCLUSIONS, "=") if line is lines[-1] else _CONCLUSIONS
         ends = [line.rpartition(mark)[2].strip() for mark in marks if mark in line]
-        shortest = min(filter(None, ends), key=len, default="")
+        # As MMMU does it, which starts anew after an empty end.
+        shortest = functools.reduce(lambda best, end: end if not best or len(end) < len(best) else best, ends, "")
         if shortest not in ("", *":,.!?;'"):
             found.append(shortest)
     return found or [answer]

@@ -21,7 +21,7 @@ _CONTRACTED = {
     "n't've": "could had might should would",
     "'ve": "could might must not should they we what where who would you",
     "'d": "he how it somebody someone something there they where who you",
-    "'d've": "he it she somebody someone something there they we who y'all",
+    "'d've": "he it she somebody someone something there they we who y'all you",
     "'ll": "how it somebody someone something they what who why y'all you",
     "'re": "there they what why you",
     "'s": "he how somebody someone that there what when where who why",
