@@ -14,7 +14,7 @@ from phi4mm_jax.evaluation.tasks.task import Task
 from tools.nano.evaluation_sets import main
 
 HELD_OUT = Path(__file__).parent / "heldout"
-[NANO] = find(["nano"])
+NANO = find("nano")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_every_part_has_rows(task: Task, sets: Path) -> None:
 
 
 def test_a_choice_has_the_right_option_once(sets: Path) -> None:
-    [task] = find(["nano/choice"])
-    [figures] = find(["nano/figures"])
+    task = find("nano/choice")
+    figures = find("nano/figures")
     for item, figure in zip(items(task, sets), items(figures, sets), strict=True):
         options = item.facts["options"]
         assert list(options) == ["A", "B", "C", "D"]
@@ -57,7 +57,7 @@ def test_a_choice_has_the_right_option_once(sets: Path) -> None:
     ("name", "least"), [("nano/text", 0.9), ("nano/figures", 0.8), ("nano/choice", 0.8), ("nano/spoken", 0.8)]
 )
 def test_the_model_answers_its_sets(name: str, least: float, nano: Phi4MM, sets: Path) -> None:
-    [task] = find([name])
+    task = find(name)
     asked = items(task, sets)
     measured = [
         metric(task.metric).measure(answer, item.references, item.facts)
@@ -67,7 +67,7 @@ def test_the_model_answers_its_sets(name: str, least: float, nano: Phi4MM, sets:
 
 
 def test_files_of_ones_own(nano: Phi4MM, sets: Path) -> None:
-    questions, recordings = find([str(sets / "custom" / name) for name in ("questions.jsonl", "recordings.jsonl")])
+    questions, recordings = (find(str(sets / "custom" / name)) for name in ("questions.jsonl", "recordings.jsonl"))
     assert (questions.metric, recordings.metric) == ("exact", "wer")
     asked = items(recordings)
     assert {item.prompt for item in asked} == {"Transcribe the audio clip into text."}
