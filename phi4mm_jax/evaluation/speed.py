@@ -8,6 +8,7 @@ they are those of one shard's devices.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ class Speed:
         return _ratio(self.audio_seconds, self.seconds) if self.audio_seconds else None
 
     @property
+    def images_per_second(self) -> float | None:
+        """Pictures by second; None without pictures."""
+        return _ratio(self.images, self.seconds) if self.images else None
+
+    @property
     def items_per_second(self) -> float | None:
         """Answers by second; None if nothing ran."""
         return _ratio(self.items, self.seconds)
@@ -94,7 +100,7 @@ class Speed:
             "completion_tokens": self.completion_tokens,
             "rtfx": self.rtfx,
             "items_per_second": self.items_per_second,
-            "images_per_second": _ratio(self.images, self.seconds),
+            "images_per_second": self.images_per_second,
             "tokens_per_second": _ratio(self.completion_tokens, self.seconds),
             "prefill_tokens_per_second": _ratio(measured["prefill_tokens"], measured["prefill_seconds"]),
             "decode_tokens_per_second": _ratio(measured["decode_tokens"], measured["decode_seconds"]),
@@ -126,7 +132,7 @@ def measure_speed(shards: Sequence[Shard], counted: set[str]) -> Speed:
     answered = [record for shard in shards for record in shard.answered if record.id in counted]
     return Speed(
         items=len(answered),
-        audio_seconds=sum(record.audio_seconds for record in answered),
+        audio_seconds=math.fsum(record.audio_seconds for record in answered),
         images=sum(record.images for record in answered),
         completion_tokens=sum(record.completion_tokens for record in answered),
         seconds=sum(walls),
