@@ -67,10 +67,11 @@ def write_report(path: Path, results: Sequence[Results], media_of: MediaOf, titl
 
     Args:
       path: of the file.
-      results: of tasks and suites, in the order in which they are shown.
+      results: of tasks and suites; a suite is shown before its tasks.
       media_of: where the pictures and recordings of the worst answers come from.
       title: what was evaluated.
     """
+    results = _suites_first(results)
     ends = [abs(end) for result in results for end in _shift(result) or ()]
     template = _environment().get_template("report.html")
     page = template.render(
@@ -95,7 +96,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": tables.number,
         "interval": tables.interval,
-        "metric": tables.metric,
+        "directed": tables.directed,
         "dataset": tables.dataset,
         "hardware": tables.hardware,
         "pairs": tables.pairs,
@@ -105,6 +106,14 @@ def _environment() -> jinja2.Environment:
     }
     environment.globals |= {"confidence": CONFIDENCE, "max_rows": _ROWS, "max_references": _REFERENCES, "clock": CLOCK}
     return environment
+
+
+def _suites_first(results: Sequence[Results]) -> list[Results]:
+    named = {result.name: result for result in results}
+    parts = {name for result in results for name in result.parts}
+    heads = [result for result in results if result.name not in parts]
+    order = dict.fromkeys(name for head in heads for name in (head.name, *head.parts))
+    return [named[name] for name in order if name in named]
 
 
 def _section(results: Results, media_of: MediaOf, sections: int) -> _Section:

@@ -1,8 +1,8 @@
 """How fast a task was answered, from what its sessions measured.
 
-A session that came to its end leaves the JSON object `SESSION` describes; of one that was killed only its records tell
-how long it ran. Rates are sums over sums, so they do not depend on how often a run was interrupted, and with shards
-they are those of one shard's devices.
+A session leaves the JSON object that `SESSION` describes; of one that was killed only its records tell how long it ran.
+Rates are sums over sums, so they do not depend on how often a run was interrupted, and with shards they are those of
+one shard's devices.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SESSION = (
     *("prefill_tokens", "prefill_computed", "decode_tokens", "decode_computed"),
     *("patches", "patches_computed", "audio_frames", "audio_frames_computed"),
 )
-"""Numbers of a session besides its name `session`: seconds by the clock and before it, seconds of the stages, and of
-what the stages worked on how much was asked for, and how much was computed with padding."""
+"""Numbers of a session besides its name `session` and its `rows`: seconds by the clock and before it, seconds of the
+stages, and of what the stages worked on how much was asked for, and how much was computed with padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,9 @@ class Speed:
     sessions: int
     """How often the program ran."""
     killed: int
-    """How many of these did not come to their end; `measured` lacks them."""
+    """How many of these were killed; the next two lack them."""
+    rows: Sequence[int]
+    """How many items were answered together, in each session where this differs."""
     measured: Mapping[str, float]
     """The numbers `SESSION`, summed."""
 
@@ -70,7 +72,7 @@ class Speed:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds by the clock of the sessions that came to their end: encode, prefill, decode, and all else."""
+        """Seconds by the clock of the sessions that were not killed: encode, prefill, decode, and all else."""
         stages = {name: self.measured[f"{name}_seconds"] for name in ("encode", "prefill", "decode")}
         return stages | {"other": max(0.0, self.measured["seconds"] - sum(stages.values()))}
 
@@ -95,6 +97,7 @@ class Speed:
             "warm_up_seconds": measured["warm_up_seconds"],
             "sessions": self.sessions,
             "killed_sessions": self.killed,
+            "rows": list(self.rows),
             "audio_seconds": self.audio_seconds,
             "images": self.images,
             "completion_tokens": self.completion_tokens,
@@ -139,6 +142,7 @@ def measure_speed(shards: Sequence[Shard], counted: set[str]) -> Speed:
         wall_seconds=max(walls),
         sessions=sessions,
         killed=killed,
+        rows=sorted({session["rows"] for shard in shards for session in shard.sessions}),
         measured=dict(measured),
     )
 
@@ -148,9 +152,10 @@ def total(speeds: Sequence[Speed]) -> Speed:
     sums = {
         field.name: sum(getattr(speed, field.name) for speed in speeds)
         for field in dataclasses.fields(Speed)
-        if field.name != "measured"
+        if field.name not in ("measured", "rows")
     }
-    return Speed(**sums, measured={name: sum(speed.measured[name] for speed in speeds) for name in SESSION})
+    measured = {name: sum(speed.measured[name] for speed in speeds) for name in SESSION}
+    return Speed(**sums, measured=measured, rows=sorted({rows for speed in speeds for rows in speed.rows}))
 
 
 def _ratio(amount: float, seconds: float) -> float | None:

@@ -34,13 +34,13 @@ def metric(name, lower_is_better=False):
     )
 
 
-def results(predictions, kind=None, published=None, seconds=2.0, **fields):
+def results(predictions, kind=None, published=None, seconds=2.0, task="set", **fields):
     """Results of a task whose right answers are all "a b c"."""
     kind = kind or metric("right")
-    task = Task(name="set", title="A Set", source=Path("x"), metric=kind.name, published=published)
+    task = Task(name=task, title="A Set", source=Path("x"), metric=kind.name, published=published)
     fields = {"prompt": "?", "references": ("a b c",), "facts": {}, "session": "s", **fields}
     records = [Answered(id=str(i), name=f"item-{i}", prediction=p, **fields) for i, p in enumerate(predictions)]
-    measured = {"session": "s", **dict.fromkeys(SESSION, 1), "seconds": seconds}
+    measured = {"session": "s", "rows": 16, **dict.fromkeys(SESSION, 1), "seconds": seconds}
     shard = Shard(
         directory=Path("out"),
         dataset="d",
@@ -112,12 +112,18 @@ def sound(seconds, rate=44_100):
 def test_page(write):
     published = Published(score=60.0, source="them")
     task = results(["a b c"] * 8 + ["x y"] * 2, published=published)
-    page = write(score_suite("suite", "The Suite", [task], published=published), task)
+    page = write(task, score_suite("suite", "The Suite", [task], published=published))
     assert "The <model>" in page.text
     for shown in ("The Suite", "A Set", "80.00", "60.00", "+20.00", "worst 2 of 2", "x y", "TPU v5e", "batch 8"):
         assert shown in page.text
     for link in page.all("a"):
         assert link["href"][1:] in [section.get("id") for section in page.all("section")]
+
+
+def test_a_suite_stands_before_its_tasks():
+    tasks = [results(["x"], task=name) for name in "pqr"]
+    suite = score_suite("suite", "The Suite", [tasks[2], tasks[0]])
+    assert [result.name for result in report._suites_first([*tasks, suite])] == ["q", "suite", "r", "p"]
 
 
 def test_answers_are_sorted_from_the_worst(write):
@@ -183,7 +189,8 @@ def test_nothing_to_show(write, predictions):
 
 def test_text_of_strangers_stays_text(write):
     everywhere = {"prompt": SCRIPT, "references": (SCRIPT,), "facts": {"subset": SCRIPT}}
-    page = write(results([SCRIPT + "!"], **everywhere), results([""], error=SCRIPT, **everywhere))
+    failed = results([""], task="failed", error=SCRIPT, **everywhere)
+    page = write(results([SCRIPT + "!"], **everywhere), failed)
     assert not page.all("script")
     assert page.text.count(SCRIPT) >= 6
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
@@ -240,7 +247,7 @@ def test_size_is_bounded(write, monkeypatch):
     monkeypatch.setattr(report, "_MEDIA_BYTES", 400_000)
     item = Item(id="0", name="", images=(picture((300, 300), noise=True),))
     hostile = results(["<&'\" " * 100_000] * 30, metric("cer", lower_is_better=True), references=("x" * 10**6,) * 9)
-    many = [results(["x"], facts={"subset": str(n)}) for n in range(3)]
+    many = [results(["x"], task=str(n)) for n in range(3)]
     page = write(hostile, *many, media_of=lambda task, id: item)
     urls = sum(len(image["src"]) for image in page.all("img"))
     assert 100_000 < urls <= 400_000
@@ -251,5 +258,5 @@ def test_size_is_bounded(write, monkeypatch):
 
 
 def test_many_tasks_share_the_page(write):
-    page = write(*[results(["x"] * 30) for _ in range(40)])
+    page = write(*[results(["x"] * 30, task=str(n)) for n in range(40)])
     assert len(page.all("article")) == 200

@@ -63,7 +63,7 @@ def shard(answered, sessions=(), **fields):
 
 
 def session(name, **numbers):
-    return {"session": name, "rows": 8, **dict.fromkeys(SESSION, 0), **numbers}
+    return {"session": name, "rows": 16, **dict.fromkeys(SESSION, 0), **numbers}
 
 
 def score(answered, metric=RIGHT, task=TASK):
@@ -111,6 +111,20 @@ def test_a_group_is_right_only_together():
     assert results.score == 50.0  # groups 0 (right) and 1 (not), items 2 (not) and 3 (right)
     assert results.estimate.units == 4
     assert results.counts.items == 9
+
+
+def test_other_metrics_beside_the_score():
+    """Of a group all items count there, and only those that the other metric measures."""
+    metric = dataclasses.replace(RIGHT, extras=(dataclasses.replace(ERRORS, name="letters"),))
+    answers = [answer(f"{i}.{j}", "ab"[j], facts={"group": i}) for i in range(4) for j in range(2)]
+    results = score([*answers, answer(4, "b", left_out="so")], metric)
+    assert results.score == 0.0
+    (extra,) = results.extras
+    assert (extra.estimate.score, extra.estimate.units) == (50.0, 4)
+    assert extra.estimate.low == extra.estimate.high == 50.0  # each group has one error
+    assert results.summary()["extras"]["letters"]["score"] == 50.0
+    nothing = dataclasses.replace(RIGHT, extras=(dataclasses.replace(RIGHT, measure=lambda *_: ()),))
+    assert score(answers, nothing).extras[0].estimate.score is None
 
 
 def test_subsets():
@@ -210,7 +224,7 @@ def test_a_suite_is_the_unweighted_mean_of_its_tasks():
 
 def test_a_suite_may_round_first():
     thirds = [score([answer(i, "aab"[i]) for i in range(3)], task=dataclasses.replace(TASK, name=n)) for n in "pq"]
-    assert score_suite("set", "S", thirds, decimals=0).score == 67.0
+    assert score_suite("set", "S", thirds, digits=0).score == 67.0
     assert score_suite("set", "S", thirds).score == pytest.approx(200 / 3)
 
 
@@ -261,6 +275,7 @@ def test_speed():
     assert speed["padding"] == {"prefill": pytest.approx(0.2), "decode": 0.25, "audio": 0.25}
     assert (speed["loading_seconds"], speed["warm_up_seconds"]) == (3.0, 4.0)
     assert speed["images_per_second"] is None
+    assert speed["rows"] == [16]
 
 
 def test_speed_of_a_suite_is_all_audio_by_all_seconds():
@@ -375,9 +390,9 @@ def test_markdown():
     suite = score_suite("all", "All", [results_to_show()])
     header, line, row, last = markdown([results_to_show(), suite]).splitlines()
     assert row == (
-        r"| A \| B | d | 2 | error rate ↓ | 0.00 [0.00, 0.00] | 70.00 (them) | -70.00 | – | 8 × TPU v5e | batch 8 |"
+        r"| A \| B | d | 2 | error rate ↓ | 0.00 [0.00, 0.00] | 70.00 (them) | -70.00 | – | 8 × TPU v5e | – | batch 8 |"
     )
-    assert header.count("|") == line.count("|") == last.count("|") == 11
+    assert header.count("|") == line.count("|") == last.count("|") == 12
     assert last.startswith("| All | 1 tasks | 2 | mean error rate ↓ | 0.00 [0.00, 0.00] | – | – | – |")
 
 
