@@ -81,7 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         path = path.replace("%2F", "/")
-        self.server.tokens.add(self.headers["Authorization"])
+        if REPOSITORY in path:  # the client also asks about itself
+            self.server.tokens.add(self.headers["Authorization"])
         if refusal := self.server.refuse(path):
             status, code = refusal
             if status == 0:  # the connection breaks in the middle of the content
