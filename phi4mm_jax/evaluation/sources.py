@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phi4mm_jax.evaluation.items import EvaluationError, Row
+from phi4mm_jax.evaluation.joined import JoinedRows
 from phi4mm_jax.evaluation.manifests import read_folder, read_manifest
 from phi4mm_jax.evaluation.parquet import ParquetRows, find_split, splits_of
-from phi4mm_jax.evaluation.repositories import CONVERTED, LocalRepository, open_repository
+from phi4mm_jax.evaluation.repositories import CONVERTED, LocalRepository, Repository, open_repository
 from phi4mm_jax.evaluation.tasks.task import HubDataset, JoinedDataset
 
 _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
@@ -38,7 +39,7 @@ class Source(Protocol):
         """
 
     def column(self, name: str) -> list[Any]:
-        """What all rows have there, without reading the rest of them.
+        """What all rows have there, of which nothing else is read.
 
         Raises:
           EvaluationError: there is no such column, or it cannot be read any more.
@@ -52,16 +53,16 @@ def open_source(source: HubDataset | JoinedDataset | Path, data: str | Path | No
       source: the task's own.
       data: what the user has in its place. A JSONL, CSV or Parquet file; a directory that holds a copy of a hub
         repository, a manifest or media with texts, or several of these as `owner/name` or `name` of the task's
-        repository, or by its configuration; or a repository on the hub, `owner/name[:config[:split]]`.
+        repository; a directory with a JSONL, a CSV or a folder named as the task's configuration; or a repository on
+        the hub, `owner/name[:config[:split]]`. Of a joined dataset, one table is taken for rows that are joined.
 
     Raises:
       EvaluationError: there is no such thing, it cannot be read, or it lacks the split.
     """
     if isinstance(source, JoinedDataset):
-        rows = open_source(source.rows, data)
-        if data is not None and set(source.columns) <= set(rows.columns):  # the user has joined them
-            return rows
-        return JoinedRows(rows, open_source(source.counterparts, data), source)
+        rows, counterparts = open_source(source.rows, data), open_source(source.counterparts, data)
+        is_one_table = rows.description == counterparts.description
+        return rows if is_one_table else JoinedRows(rows, counterparts, source)
     own = source if isinstance(source, HubDataset) else None
     if data is None:
         return _on_hub(own) if own else _local(Path(source).expanduser(), None)
@@ -75,40 +76,6 @@ def open_source(source: HubDataset | JoinedDataset | Path, data: str | Path | No
         )
     given = {name: value for name, value in named.groupdict().items() if value}
     return _on_hub(dataclasses.replace(own, revision=None, **given) if own else HubDataset(**given))
-
-
-class JoinedRows:
-    """Rows with columns of their counterparts, which are read at once, as far as they are needed."""
-
-    def __init__(self, rows: Source, counterparts: Source, joined: JoinedDataset):
-        """Finds what belongs together.
-
-        Raises:
-          EvaluationError: a column is missing, nothing belongs together, or the sources cannot be read.
-        """
-        self.description = f"{rows.description} with {counterparts.description}"
-        self.directory = rows.directory
-        self.columns: Sequence[str] = list(dict.fromkeys((*rows.columns, *joined.columns)))
-        keys = counterparts.column(joined.key)
-        places = {key: place for place, key in reversed([*enumerate(keys)])}  # of several the first
-        self._found = [(row, places[key]) for row, key in enumerate(rows.column(joined.key)) if key in places]
-        if not self._found:
-            raise EvaluationError(f"{self.description}: no two rows have the same {joined.key!r}")
-        self._rows = rows
-        self._others = {name: counterparts.column(column) for name, column in joined.columns.items()}
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __getitem__(self, index: int) -> Row:
-        row, place = self._found[index]
-        return {**self._rows[row], **{name: values[place] for name, values in self._others.items()}}
-
-    def column(self, name: str) -> list[Any]:
-        if name in self._others:
-            return [self._others[name][place] for _, place in self._found]
-        values = self._rows.column(name)
-        return [values[row] for row, _ in self._found]
 
 
 def rows_of_shard(total: int, limit: int | None, shard: tuple[int, int]) -> range:
@@ -133,7 +100,10 @@ def rows_of_shard(total: int, limit: int | None, shard: tuple[int, int]) -> rang
 
 def _on_hub(dataset: HubDataset) -> Source:
     if dataset.repo is None:
-        raise EvaluationError("the rows of this task are not on the hub: give them with --data")
+        raise EvaluationError(
+            f"{dataset.config}: the hub has no such rows; name yours with --data: a JSONL or CSV, or a directory that "
+            f"holds {dataset.config}.jsonl, {dataset.config}.csv, or a configuration {dataset.config} in Parquet"
+        )
     repository = open_repository(dataset.repo, dataset.revision)
     splits = splits_of(repository)
     if not splits:
@@ -145,7 +115,7 @@ def _on_hub(dataset: HubDataset) -> Source:
             ) from error
         splits = splits_of(repository)
     paths = find_split(splits, dataset.config, dataset.split, dataset.repo)
-    return ParquetRows(repository, paths, _described(repository.name, dataset.config, dataset.split))
+    return ParquetRows(repository, paths, _described(repository, dataset))
 
 
 def _local(path: Path, dataset: HubDataset | None) -> Source:
@@ -153,22 +123,21 @@ def _local(path: Path, dataset: HubDataset | None) -> Source:
         return _file(path)
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such file or directory")
-    config, split = (dataset.config, dataset.split) if dataset else (None, None)
     if dataset and dataset.repo:
-        path = _first_directory(path / dataset.repo, path / Path(dataset.repo).name) or path
+        inside = (path / dataset.repo, path / Path(dataset.repo).name)
+        path = next((directory for directory in inside if directory.is_dir()), path)
     repository = LocalRepository(path)
-    if splits := splits_of(repository):
-        paths = find_split(splits, config, split, repository.name)
-        return ParquetRows(repository, paths, _described(repository.name, config, split))
-    return read_folder((config and _first_directory(path / config)) or path)
+    if not (splits := splits_of(repository)):
+        named = [path / f"{dataset.config}{suffix}" for suffix in (".jsonl", ".csv", "")] if dataset else []
+        path = next((part for part in named if part.exists()), path)
+        return read_folder(path) if path.is_dir() else read_manifest(path)
+    paths = find_split(splits, dataset and dataset.config, dataset and dataset.split, repository.name)
+    return ParquetRows(repository, paths, _described(repository, dataset))
 
 
-def _described(name: str, config: str | None, split: str | None) -> str:
-    return " ".join((name, *filter(None, (config, split))))
-
-
-def _first_directory(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_dir()), None)
+def _described(repository: Repository, dataset: HubDataset | None) -> str:
+    part = ", ".join(filter(None, (dataset.config, dataset.split))) if dataset else ""
+    return f"{repository.name} ({part})" if part else repository.name
 
 
 def _file(path: Path) -> Source:

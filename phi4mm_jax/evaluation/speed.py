@@ -23,7 +23,7 @@ CLOCK = (
 SESSION = (
     *("seconds", "loading_seconds", "warm_up_seconds", "encode_seconds", "prefill_seconds", "decode_seconds"),
     *("prefill_tokens", "prefill_computed", "decode_tokens", "decode_computed"),
-    *("crops", "crops_computed", "audio_frames", "audio_frames_computed"),
+    *("patches", "patches_computed", "audio_frames", "audio_frames_computed"),
 )
 """Numbers of a session besides its name `session`: seconds by the clock and before it, seconds of the stages, and of
 what the stages worked on how much was asked for, and how much was computed with padding."""
@@ -71,7 +71,7 @@ class Speed:
     @property
     def padding(self) -> dict[str, float]:
         """Of what was computed, the part that is padding: by kind, of those that there were."""
-        kinds = {"prefill": "prefill_tokens", "decode": "decode_tokens", "crops": "crops", "audio": "audio_frames"}
+        kinds = {"prefill": "prefill_tokens", "decode": "decode_tokens", "image": "patches", "audio": "audio_frames"}
         shares = {}
         for name, asked in kinds.items():
             if computed := self.measured[f"{asked.removesuffix('_tokens')}_computed"]:

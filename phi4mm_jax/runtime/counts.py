@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
 import jax
+
+from phi4mm_jax.runtime.compilation import clock
 
 Kind = Literal["encode", "prefill", "decode"]
 
@@ -60,7 +61,8 @@ class Meter:
     """Charges device time to kinds of work, without making the device wait.
 
     Calls run in the order in which they are made. One takes the time from when the one before was ready, or when it was
-    made itself if that is later, until it is seen to be ready, which is when the host comes to need it.
+    made itself if that is later, until it is seen to be ready, which is when the host comes to need it. Compilation does
+    not count.
     """
 
     def __init__(self, counts: Counts):
@@ -70,7 +72,7 @@ class Meter:
 
     def made(self, kind: Kind, result: jax.Array) -> jax.Array:
         """Notes a call by its result, which is returned."""
-        self._calls.append((kind, result, time.perf_counter()))
+        self._calls.append((kind, result, clock()))
         return result
 
     def wait(self, leave: int) -> None:
@@ -78,7 +80,7 @@ class Meter:
         while len(self._calls) > leave:
             kind, result, made = self._calls.popleft()
             result.block_until_ready()
-            ready = time.perf_counter()
+            ready = clock()
             self._counts.add({f"{kind}_seconds": ready - max(self._ready, made)})
             self._ready = ready
 

@@ -183,7 +183,7 @@ def test_only_what_is_asked_for_is_fetched(hub: FakeHub, read: Callable) -> None
     answer = read([11, 10], config="de", environment={"HF_TOKEN": "hf_secret"})
     assert answer["rows"] == expected(11, 10)
     assert answer["length"] == 20
-    assert answer["description"] == f"owner/name@{COMMIT[:12]} de test"
+    assert answer["description"] == f"owner/name@{COMMIT[:12]} (de, test)"
     assert hub.tokens == {"Bearer hf_secret"}
     first, second = SHARDS
     footers = 1 << 17  # the reader guesses where one begins
@@ -205,7 +205,7 @@ def test_converted_files_stand_in(hub: FakeHub, read: Callable) -> None:
     }
     answer = read([3, 4], config="de")
     assert answer["rows"] == expected(3, 4)
-    assert answer["description"] == f"owner/name@{CONVERTED[:12]} de test"
+    assert answer["description"] == f"owner/name@{CONVERTED[:12]} (de, test)"
     del hub.trees[CONVERTED]
     assert "holds no Parquet files, and the hub has not made any" in read([0], config="de")["error"]
 

@@ -298,7 +298,7 @@ def test_rows_are_joined_with_their_counterparts(tmp_path: Path) -> None:
     for name in source.columns:
         assert source.column(name) == [row[name] for row in kept]
     write(tmp_path / "fleurs" / "en" / "test.parquet", [{"id": 7, "text": "seven"}])
-    with pytest.raises(EvaluationError, match="no two rows have the same 'id'"):
+    with pytest.raises(EvaluationError, match="no row has the 'id' of one of"):
         open_source(JOINED, tmp_path)
 
 
@@ -309,13 +309,17 @@ def test_rows_that_are_joined_already(tmp_path: Path) -> None:
 
 def test_task_without_rows_on_the_hub(tmp_path: Path) -> None:
     source = HubDataset(repo=None, config="docvqa")
-    with pytest.raises(EvaluationError, match="give them with --data"):
+    with pytest.raises(EvaluationError, match="docvqa: the hub has no such rows; name yours with --data"):
         open_source(source)
-    for part in ("docvqa", "ai2d"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "manifest.jsonl").write_text(json.dumps({"id": part}) + "\n")
-    assert ids(open_source(source, tmp_path)) == ["docvqa"]
-    assert open_source(source, tmp_path).directory == tmp_path / "docvqa"
+    (tmp_path / "ai2d.jsonl").write_text('{"id": "other"}\n')
+    folder = tmp_path / "docvqa"
+    folder.mkdir()
+    (folder / "manifest.jsonl").write_text('{"id": "folder"}\n')
+    assert ids(open_source(source, tmp_path)) == ["folder"]
+    assert open_source(source, tmp_path).directory == folder
+    (tmp_path / "docvqa.csv").write_text("id\ntable\n")
+    assert ids(open_source(source, tmp_path)) == ["table"]
+    assert open_source(source, tmp_path).directory == tmp_path
 
 
 # --- manifests and folders -----------------------------------------------------------------------------------

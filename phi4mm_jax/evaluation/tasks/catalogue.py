@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from phi4mm_jax.evaluation.items import EvaluationError
 from phi4mm_jax.evaluation.tasks.choices import CHOICES
@@ -37,22 +37,28 @@ _BY_NAME = {entry.name: entry for entry in CATALOGUE} | {
 }
 
 
-def find(names: Sequence[str]) -> list[Task | Suite]:
-    """What is meant by each name.
+def named(name: str) -> Task | Suite | None:
+    """The task or suite of a name; None if there is none."""
+    return _BY_NAME.get(name)
+
+
+def find(name: str, **own: Any) -> Task | Suite:
+    """What is meant by a name.
 
     Args:
-      names: of a task ("docvqa"), a suite ("open-asr"), or a part of one ("open-asr/ami"); or the path of a JSONL, a
-        CSV or a folder with rows of one's own.
+      name: of a task ("docvqa"), a suite ("open-asr"), or a part of one ("open-asr/ami"); or the path of a JSONL, a CSV
+        or a folder with rows of one's own.
+      **own: arguments of `custom`, for one's own.
 
     Raises:
       EvaluationError: there is nothing of such a name; the message has the nearest ones.
     """
-    return [_BY_NAME[name] if name in _BY_NAME else _own(name) for name in names]
-
-
-def _own(name: str) -> Task:
+    if known := named(name):
+        if given := [key for key, value in own.items() if value is not None]:
+            raise EvaluationError(f"{name}: has its own {' and '.join(given)}; to be given for a file or folder alone")
+        return known
     if Path(name).exists():
-        return custom(name)
+        return custom(name, **own)
     if Path(name).suffix in (".jsonl", ".csv"):
         raise EvaluationError(f"{name}: no such file")
     near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.5) or [entry.name for entry in CATALOGUE]

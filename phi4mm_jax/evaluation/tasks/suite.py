@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Sequence
 
 from phi4mm_jax.evaluation.tasks.task import Published, Task
 
@@ -28,8 +26,7 @@ class Suite:
     note: str = ""
     """What a reader of the mean must know."""
 
-    def mean(self, scores: Sequence[float]) -> float | None:
-        """The unweighted mean of the scores of all parts; None where it means nothing."""
-        if not self.averaged:
-            return None
-        return statistics.fmean(scores if self.digits is None else [round(score, self.digits) for score in scores])
+
+def tasks_of(entry: Task | Suite) -> tuple[Task, ...]:
+    """The tasks of a suite; a task alone."""
+    return entry.tasks if isinstance(entry, Suite) else (entry,)
