@@ -7,9 +7,6 @@ import unicodedata
 
 from rapidfuzz.distance import Levenshtein
 
-_MAX_TOKENS = 2000
-"""Words or characters that are aligned; memory grows with the square."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -22,7 +19,7 @@ class Span:
 
 
 def differences(reference: str, prediction: str, by_characters: bool = False) -> list[Span]:
-    """Aligns two texts by the fewest edits; case and punctuation make no difference.
+    """Aligns two short texts by the fewest edits; case and punctuation make no difference.
 
     Args:
       reference: the right text.
@@ -46,7 +43,7 @@ def differences(reference: str, prediction: str, by_characters: bool = False) ->
 def _tokens(text: str, by_characters: bool) -> list[str]:
     """Words, or characters without spaces; those that are nothing but punctuation are left out."""
     tokens = "".join(text.split()) if by_characters else text.split()
-    return [token for token in tokens if _bare(token)][:_MAX_TOKENS]
+    return [token for token in tokens if _bare(token)]
 
 
 def _bare(token: str) -> str:

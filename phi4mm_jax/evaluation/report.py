@@ -67,20 +67,20 @@ def write_report(path: Path, results: Sequence[Results], media_of: MediaOf, titl
 
     Args:
       path: of the file.
-      results: of tasks and suites, in the order in which they are shown.
+      results: of tasks and suites; a suite is shown before its tasks.
       media_of: where the pictures and recordings of the worst answers come from.
       title: what was evaluated.
     """
-    shifts = [shift for result in results if (shift := _shift(result))]
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            title=title,
-            results=results,
-            sections=[_section(result, media_of, len(results)) for result in results],
-            span=max((max(abs(low), abs(high)) for low, high in shifts), default=0.0),
-        )
+    results = _suites_first(results)
+    ends = [abs(end) for result in results for end in _shift(result) or ()]
+    template = _environment().get_template("report.html")
+    page = template.render(
+        title=title,
+        titles={result.name: result.title for result in results},
+        parts={name for result in results for name in result.parts},
+        results=results,
+        sections=[_section(result, media_of, len(results)) for result in results],
+        span=(max(ends) or 1.0) if ends else None,
     )
     replace_text(path, page)
 
@@ -96,7 +96,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": tables.number,
         "interval": tables.interval,
-        "metric": tables.metric,
+        "directed": tables.directed,
         "dataset": tables.dataset,
         "hardware": tables.hardware,
         "pairs": tables.pairs,
@@ -106,6 +106,14 @@ def _environment() -> jinja2.Environment:
     }
     environment.globals |= {"confidence": CONFIDENCE, "max_rows": _ROWS, "max_references": _REFERENCES, "clock": CLOCK}
     return environment
+
+
+def _suites_first(results: Sequence[Results]) -> list[Results]:
+    named = {result.name: result for result in results}
+    parts = {name for result in results for name in result.parts}
+    heads = [result for result in results if result.name not in parts]
+    order = dict.fromkeys(name for head in heads for name in (head.name, *head.parts))
+    return [named[name] for name in order if name in named]
 
 
 def _section(results: Results, media_of: MediaOf, sections: int) -> _Section:
@@ -135,7 +143,7 @@ def _case(results: Results, record: Answered, media_of: MediaOf, previews: Previ
     spans: Sequence[Span] = ()
     kind = results.metric_name.partition(":")[0]
     if kind in ("wer", "cer") and record.references:
-        spans = differences(record.references[0], record.prediction, by_characters=kind == "cer")
+        spans = differences(_cut(record.references[0]), _cut(record.prediction), by_characters=kind == "cer")
     try:
         item = media_of(results.name, record.id)
     except (OSError, ValueError) as error:  # the answers are worth showing without

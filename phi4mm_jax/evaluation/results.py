@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,18 @@ class LengthClass:
     """Their score."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Another metric of the same answers."""
+
+    name: str
+    """Of the metric, as are the next two."""
+    title: str
+    lower_is_better: bool
+    estimate: Estimate
+    """Its score, of all answers: groups are drawn together, but their items count each."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
     """Of a task or of a suite."""
@@ -75,6 +87,8 @@ class Results:
     """Whether the metric counts errors."""
     estimate: Estimate
     """The score and its confidence interval."""
+    extras: Sequence[Extra] = ()
+    """Scores by other metrics, beside it."""
     published: Published | None
     """What others report."""
     subsets: Mapping[str, Estimate]
@@ -123,6 +137,10 @@ class Results:
             },
             **self.estimate.summary(),
             "interval": f"bootstrap, {CONFIDENCE} %, percentiles of {RESAMPLES} resamples",
+            "extras": {
+                extra.name: {"title": extra.title, "lower_is_better": extra.lower_is_better, **extra.estimate.summary()}
+                for extra in self.extras
+            },
             "published": self.published and dataclasses.asdict(self.published),
             "difference": self.difference,
             "subsets": {name: part.summary() for name, part in self.subsets.items()},
@@ -161,7 +179,7 @@ def score_task(task: Task, metric: Metric, shards: Sequence[Shard]) -> Results:
     records = sorted((record for shard in shards for record in shard.answered), key=lambda record: _order(record.id))
     scored = [_score_item(metric, record) for record in records]
     answered = [record for record, _ in scored]
-    units = _units(scored)
+    units = _units(scored, np.min)  # a group is right only if all of it is
     numbers = np.array([unit.numbers for unit in units])
     found = sorted({unit.subset for unit in units} - {None})
     chosen = {subset: [unit.subset == subset for unit in units] for subset in found}
@@ -179,6 +197,7 @@ def score_task(task: Task, metric: Metric, shards: Sequence[Shard]) -> Results:
         metric_settings=metric.settings,
         lower_is_better=metric.lower_is_better,
         estimate=estimate(metric, numbers, task.name),
+        extras=[_extra(task, extra, answered) for extra in metric.extras],
         published=task.published,
         subsets={s: estimate(metric, numbers[mask], f"{task.name}/{s}") for s, mask in chosen.items()},
         length=length,
@@ -202,7 +221,7 @@ def score_suite(
     name: str,
     title: str,
     parts: Sequence[Results],
-    decimals: int | None = None,
+    digits: int | None = None,
     published: Published | None = None,
     note: str = "",
 ) -> Results:
@@ -212,7 +231,7 @@ def score_suite(
       name: of the suite.
       title: as papers write it.
       parts: results of its tasks.
-      decimals: to which their scores are rounded first; None for not at all.
+      digits: to which their scores are rounded first; None for not at all.
       published: what others report.
       note: what a reader of the score must know.
     """
@@ -229,9 +248,9 @@ def score_suite(
         parts=[part.name for part in parts],
         metric=f"mean {' and '.join(titles)}",
         metric_name="mean",
-        metric_settings={"weights": "equal", "rounded to": decimals, "metrics": sorted({p.metric_name for p in parts})},
+        metric_settings={"weights": "equal", "rounded to": digits, "metrics": sorted({p.metric_name for p in parts})},
         lower_is_better=parts[0].lower_is_better,
-        estimate=mean([part.estimate for part in parts], decimals),
+        estimate=mean([part.estimate for part in parts], digits),
         published=published,
         subsets={part.name: part.estimate for part in parts},
         length="",
@@ -267,7 +286,13 @@ def _score_item(metric: Metric, record: Answered) -> tuple[Answered, np.ndarray]
     return dataclasses.replace(record, score=score if np.isfinite(score) else None), numbers
 
 
-def _units(scored: Sequence[tuple[Answered, np.ndarray]]) -> list[_Unit]:
+def _extra(task: Task, metric: Metric, answered: Sequence[Answered]) -> Extra:
+    units = _units([_score_item(metric, record) for record in answered], np.sum)
+    scored = estimate(metric, np.array([unit.numbers for unit in units]), f"{task.name}/{metric.name}")
+    return Extra(name=metric.name, title=metric.title, lower_is_better=metric.lower_is_better, estimate=scored)
+
+
+def _units(scored: Sequence[tuple[Answered, np.ndarray]], together: Callable[..., np.ndarray]) -> list[_Unit]:
     members = defaultdict[str, list[tuple[Answered, np.ndarray]]](list)
     for record, numbers in scored:
         if record.left_out is None:
@@ -275,7 +300,7 @@ def _units(scored: Sequence[tuple[Answered, np.ndarray]]) -> list[_Unit]:
             members[f"item {record.id}" if group is None else f"group {json.dumps(group)}"].append((record, numbers))
     return [
         _Unit(
-            np.min([numbers for _, numbers in unit], axis=0),  # of a group right only if all of it is
+            together([numbers for _, numbers in unit], axis=0),
             unit[0][0].facts.get("subset"),
             unit[0][0].audio_seconds,
             unit[0][0].prompt_tokens,

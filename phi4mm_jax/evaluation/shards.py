@@ -33,7 +33,7 @@ class Shard:
     answered: Sequence[Answered]
     """In any order."""
     sessions: Sequence[Mapping[str, Any]]
-    """What each run that came to its end measured, see `speed`."""
+    """What each run of the program that was not killed measured, see `speed`."""
 
 
 def check_shards(shards: Sequence[Shard]) -> None:

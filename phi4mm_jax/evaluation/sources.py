@@ -123,11 +123,13 @@ def _local(path: Path, dataset: HubDataset | None) -> Source:
         return _file(path)
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such file or directory")
-    if dataset and dataset.repo:
-        inside = (path / dataset.repo, path / Path(dataset.repo).name)
-        path = next((directory for directory in inside if directory.is_dir()), path)
     repository = LocalRepository(path)
-    if not (splits := splits_of(repository)):
+    splits = splits_of(repository)
+    if dataset and dataset.repo and (dataset.config or "default") not in splits:
+        inside = (path / dataset.repo, path / Path(dataset.repo).name)
+        if copy := next((directory for directory in inside if directory.is_dir()), None):
+            return _local(copy, dataclasses.replace(dataset, repo=None), columns)
+    if not splits:
         named = [path / f"{dataset.config}{suffix}" for suffix in (".jsonl", ".csv", "")] if dataset else []
         path = next((part for part in named if part.exists()), path)
         return read_folder(path) if path.is_dir() else read_manifest(path)

@@ -1,13 +1,14 @@
 """How fast a task was answered, from what its sessions measured.
 
-A session that came to its end leaves the JSON object `SESSION` describes; of one that was killed only its records tell
-how long it ran. Rates are sums over sums, so they do not depend on how often a run was interrupted, and with shards
-they are those of one shard's devices.
+A session leaves the JSON object that `SESSION` describes; of one that was killed only its records tell how long it ran.
+Rates are sums over sums, so they do not depend on how often a run was interrupted, and with shards they are those of
+one shard's devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +26,8 @@ SESSION = (
     *("prefill_tokens", "prefill_computed", "decode_tokens", "decode_computed"),
     *("patches", "patches_computed", "audio_frames", "audio_frames_computed"),
 )
-"""Numbers of a session besides its name `session`: seconds by the clock and before it, seconds of the stages, and of
-what the stages worked on how much was asked for, and how much was computed with padding."""
+"""Numbers of a session besides its name `session` and its `rows`: seconds by the clock and before it, seconds of the
+stages, and of what the stages worked on how much was asked for, and how much was computed with padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,9 @@ class Speed:
     sessions: int
     """How often the program ran."""
     killed: int
-    """How many of these did not come to their end; `measured` lacks them."""
+    """How many of these were killed; the next two lack them."""
+    rows: Sequence[int]
+    """How many items were answered together, in each session where this differs."""
     measured: Mapping[str, float]
     """The numbers `SESSION`, summed."""
 
@@ -58,13 +61,18 @@ class Speed:
         return _ratio(self.audio_seconds, self.seconds) if self.audio_seconds else None
 
     @property
+    def images_per_second(self) -> float | None:
+        """Pictures by second; None without pictures."""
+        return _ratio(self.images, self.seconds) if self.images else None
+
+    @property
     def items_per_second(self) -> float | None:
         """Answers by second; None if nothing ran."""
         return _ratio(self.items, self.seconds)
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds by the clock of the sessions that came to their end: encode, prefill, decode, and all else."""
+        """Seconds by the clock of the sessions that were not killed: encode, prefill, decode, and all else."""
         stages = {name: self.measured[f"{name}_seconds"] for name in ("encode", "prefill", "decode")}
         return stages | {"other": max(0.0, self.measured["seconds"] - sum(stages.values()))}
 
@@ -89,12 +97,13 @@ class Speed:
             "warm_up_seconds": measured["warm_up_seconds"],
             "sessions": self.sessions,
             "killed_sessions": self.killed,
+            "rows": list(self.rows),
             "audio_seconds": self.audio_seconds,
             "images": self.images,
             "completion_tokens": self.completion_tokens,
             "rtfx": self.rtfx,
             "items_per_second": self.items_per_second,
-            "images_per_second": _ratio(self.images, self.seconds),
+            "images_per_second": self.images_per_second,
             "tokens_per_second": _ratio(self.completion_tokens, self.seconds),
             "prefill_tokens_per_second": _ratio(measured["prefill_tokens"], measured["prefill_seconds"]),
             "decode_tokens_per_second": _ratio(measured["decode_tokens"], measured["decode_seconds"]),
@@ -126,13 +135,14 @@ def measure_speed(shards: Sequence[Shard], counted: set[str]) -> Speed:
     answered = [record for shard in shards for record in shard.answered if record.id in counted]
     return Speed(
         items=len(answered),
-        audio_seconds=sum(record.audio_seconds for record in answered),
+        audio_seconds=math.fsum(record.audio_seconds for record in answered),
         images=sum(record.images for record in answered),
         completion_tokens=sum(record.completion_tokens for record in answered),
         seconds=sum(walls),
         wall_seconds=max(walls),
         sessions=sessions,
         killed=killed,
+        rows=sorted({session["rows"] for shard in shards for session in shard.sessions}),
         measured=dict(measured),
     )
 
@@ -142,9 +152,10 @@ def total(speeds: Sequence[Speed]) -> Speed:
     sums = {
         field.name: sum(getattr(speed, field.name) for speed in speeds)
         for field in dataclasses.fields(Speed)
-        if field.name != "measured"
+        if field.name not in ("measured", "rows")
     }
-    return Speed(**sums, measured={name: sum(speed.measured[name] for speed in speeds) for name in SESSION})
+    measured = {name: sum(speed.measured[name] for speed in speeds) for name in SESSION}
+    return Speed(**sums, measured=measured, rows=sorted({rows for speed in speeds for rows in speed.rows}))
 
 
 def _ratio(amount: float, seconds: float) -> float | None:

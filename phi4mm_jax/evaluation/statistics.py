@@ -58,15 +58,15 @@ def estimate(
     return _estimate(float(metric.score(numbers.sum(axis=0))), metric.score(sums), units)
 
 
-def mean(estimates: Sequence[Estimate], decimals: int | None = None) -> Estimate:
+def mean(estimates: Sequence[Estimate], digits: int | None = None) -> Estimate:
     """The unweighted mean of independent corpora.
 
     Args:
       estimates: of each corpus; one without a score leaves the mean without one.
-      decimals: to which the scores are rounded first, as some leaderboards do; None for not at all.
+      digits: to which the scores are rounded first, as some leaderboards do; None for not at all.
     """
     scores = np.array([np.nan if e.score is None else e.score for e in estimates])
-    scores = scores if decimals is None else scores.round(decimals)
+    scores = scores if digits is None else scores.round(digits)
     resampled = np.mean([e.resampled for e in estimates], axis=0)
     return _estimate(float(scores.mean()), resampled, sum(e.units for e in estimates))
 

@@ -11,13 +11,15 @@ from phi4mm_jax.evaluation.results import Results
 from phi4mm_jax.evaluation.statistics import CONFIDENCE, Estimate
 
 _NONE = "–"
+_ELSEWHERE = ("task", "metric", "prompt")
+"""Settings that a row shows in other words, or that are too long for it."""
 
 
 def markdown(results: Sequence[Results]) -> str:
     """A table with a row for each task or suite, to be pasted."""
     header = (
         *("task", "dataset", "n", "metric", f"score [{CONFIDENCE} % interval]", "published", "difference", "RTFx"),
-        *("hardware", "settings"),
+        *("hardware", "rows", "settings"),
     )
     rows = [header, ["---"] * len(header), *map(_row, results)]
     return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
@@ -28,13 +30,14 @@ def _row(results: Results) -> list[str]:
         results.title,
         dataset(results),
         str(results.estimate.units),
-        metric(results),
+        directed(results.metric, results.lower_is_better),
         f"{number(results.score)} {interval(results.estimate)}".strip(),
         _NONE if results.published is None else f"{number(results.published.score)} ({results.published.source})",
         number(results.difference, "+"),
         number(results.speed.rtfx),
         hardware(results.hardware),
-        pairs(results.settings),
+        ", ".join(map(str, results.speed.rows)) or _NONE,
+        pairs({name: value for name, value in results.settings.items() if name not in _ELSEWHERE}),
     ]
 
 
@@ -52,9 +55,9 @@ def interval(estimate: Estimate) -> str:
     return "" if estimate.low is None else f"[{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-def metric(results: Results) -> str:
-    """Its title and the direction that is better."""
-    return f"{results.metric} {'↓' if results.lower_is_better else '↑'}"
+def directed(title: str, lower_is_better: bool) -> str:
+    """The title of a metric and the direction that is better."""
+    return f"{title} {'↓' if lower_is_better else '↑'}"
 
 
 def dataset(results: Results) -> str:

@@ -3,14 +3,16 @@
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from phi4mm_jax.evaluation.items import EvaluationError, Item
+from phi4mm_jax.evaluation.metrics.registry import metric
+from phi4mm_jax.evaluation.sources import open_source
 from phi4mm_jax.evaluation.tasks.catalogue import CATALOGUE, find
 from phi4mm_jax.evaluation.tasks.suite import Suite
 from phi4mm_jax.evaluation.tasks.task import Columns, HubDataset, JoinedDataset, Task
@@ -29,16 +31,13 @@ def medium(content: bytes) -> dict[str, Any]:
 CLIP, PICTURE = medium(b"a clip"), medium(b"a picture")
 
 
-def read(directory: Path, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """The items of rows that went through a file of the hub's layout, and what workers get: a pickled task."""
-    source = task.source
-    assert isinstance(source, HubDataset)
-    write_dataset(directory, {source.config or "default": {source.split: rows}})
-    [path] = directory.rglob("*.parquet")
+def read(directory: Path, task: Task, *rows: Mapping[str, Any]) -> list[Item]:
+    """The items of rows that went through a dataset in the hub's layout, by a task as workers get it."""
+    assert isinstance(task.source, HubDataset)
+    write_dataset(directory, {task.source.config or "default": {task.source.split: rows}})
+    source = open_source(task.source, directory)
     task = pickle.loads(pickle.dumps(task))
-    return [
-        item for number, row in enumerate(pq.read_table(path).to_pylist()) for item in task.items(number, row, None)
-    ]
+    return [item for i in range(len(source)) for item in task.items(i, source[i], source.directory)]
 
 
 # --- the catalogue -------------------------------------------------------------------------------------------
@@ -66,30 +65,29 @@ def test_what_is_published_has_a_source(entry: Task | Suite) -> None:
         assert re.search(r"leaderboard|second-hand", entry.published.source)
 
 
-@pytest.mark.parametrize("name", ["open-asr-2025", "multilingual-asr", "s-vision-speech"])
-def test_published_means_are_those_of_the_published_parts(name: str) -> None:
-    [suite] = find([name])
-    mean = suite.mean([task.published.score for task in suite.tasks])
-    digits = 1 if name == "s-vision-speech" else 2
-    assert round(mean, digits) == suite.published.score
+@pytest.mark.parametrize("name", sorted({task.metric for task in TASKS.values()}))
+def test_metrics_are_known(name: str) -> None:
+    if name.endswith("ja-mecab"):
+        pytest.importorskip("MeCab")
+    assert metric(name).name == name
 
 
-def test_the_leaderboards_mean_is_of_rounded_scores() -> None:
-    [suite] = find(["open-asr-2025"])
-    scores = [1.004] * 8
-    assert suite.mean(scores) == 1.0
-    [plain] = find(["covost2"])
-    assert plain.mean([1.004] * 7) == pytest.approx(1.004)
-    [nano] = find(["nano"])
-    assert nano.mean([1.0] * len(nano.tasks)) is None
+@pytest.mark.parametrize(("name", "digits"), [("open-asr-2025", 2), ("multilingual-asr", 2), ("s-vision-speech", 1)])
+def test_published_means_are_those_of_the_published_parts(name: str, digits: int) -> None:
+    suite = find(name)
+    assert round(statistics.fmean(task.published.score for task in suite.tasks), digits) == suite.published.score
 
 
 def test_find_takes_tasks_suites_and_parts() -> None:
-    assert [entry.name for entry in find(["docvqa", "open-asr", "open-asr/ami"])] == [
-        "docvqa",
-        "open-asr",
-        "open-asr/ami",
-    ]
+    assert find("docvqa") is TASKS["docvqa"]
+    assert find("open-asr") in CATALOGUE
+    assert find("open-asr/ami") in find("open-asr").tasks
+
+
+def test_what_a_known_task_asks_is_not_changed() -> None:
+    assert find("docvqa", metric=None) is TASKS["docvqa"]
+    with pytest.raises(EvaluationError, match="docvqa: has its own metric"):
+        find("docvqa", metric="exact")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_find_takes_tasks_suites_and_parts() -> None:
 )
 def test_an_unknown_name_is_told_the_nearest(name: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        find([name])
+        find(name)
 
 
 # --- recognition ---------------------------------------------------------------------------------------------
@@ -133,11 +131,11 @@ _RECOGNITION = {
 
 
 @pytest.mark.parametrize(
-    "task", [task for name in _RECOGNITION for task in find([name])[0].tasks], ids=lambda task: task.name
+    "task", [task for name in _RECOGNITION for task in find(name).tasks], ids=lambda task: task.name
 )
 def test_recognition(task: Task, tmp_path: Path) -> None:
     row, name, text = _RECOGNITION[task.name.partition("/")[0]]
-    assert read(tmp_path, task, [row]) == [
+    assert read(tmp_path, task, row) == [
         Item(id="0", name=name, prompt=TRANSCRIBE, audios=(b"a clip",), references=(text,))
     ]
     assert task.max_tokens == 128
@@ -168,7 +166,7 @@ def test_recognition(task: Task, tmp_path: Path) -> None:
     ],
 )
 def test_sources_and_metrics_of_recognition(name: str, source: HubDataset, metric: str) -> None:
-    [task] = find([name])
+    task = find(name)
     assert (task.source, task.metric) == (source, metric)
 
 
@@ -176,7 +174,7 @@ def test_sources_and_metrics_of_recognition(name: str, source: HubDataset, metri
 
 
 def test_covost2(tmp_path: Path) -> None:
-    [task] = find(["covost2/de-en"])
+    task = find("covost2/de-en")
     row = {
         "client_id": "c",
         "file": "common_voice_de_1.mp3",
@@ -185,7 +183,7 @@ def test_covost2(tmp_path: Path) -> None:
         "translation": "Good morning.",
         "id": "common_voice_de_1",
     }
-    assert read(tmp_path, task, [row]) == [
+    assert read(tmp_path, task, row) == [
         Item(
             id="0",
             name="common_voice_de_1",
@@ -195,13 +193,13 @@ def test_covost2(tmp_path: Path) -> None:
         )
     ]
     assert (task.metric, task.max_tokens, task.source.config) == ("bleu", 256, "de_en")
-    assert find(["covost2/zh-en"])[0].source.config == "zh-CN_en"
+    assert find("covost2/zh-en").source.config == "zh-CN_en"
 
 
 def test_covost2_through_the_transcript(tmp_path: Path) -> None:
-    [task] = find(["covost2-from-english-chain/en-ja"])
+    task = find("covost2-from-english-chain/en-ja")
     row = {"audio": CLIP, "sentence": "Good morning.", "translation": "おはよう。", "id": "1", "file": "1.mp3"}
-    assert read(tmp_path, task, [row]) == [
+    assert read(tmp_path, task, row) == [
         Item(
             id="0",
             name="1",
@@ -212,28 +210,56 @@ def test_covost2_through_the_transcript(tmp_path: Path) -> None:
             facts={"transcript": "Good morning."},
         )
     ]
-    assert (task.metric, task.source.config) == ("sep+bleu:ja-mecab", "en_ja")
+    assert (task.metric, task.source.config) == ("wer+sep+bleu:ja-mecab", "en_ja")
 
 
-def test_fleurs_pairs() -> None:
-    direct, chain = find(["fleurs-translation-from-english/en-zh", "fleurs-translation-from-english-chain/en-zh"])
-    fleurs = {"repo": "google/fleurs", "revision": "refs/convert/parquet"}
-    assert direct.source == JoinedDataset(
-        rows=HubDataset(config="en_us", **fleurs),
-        counterparts=HubDataset(config="cmn_hans_cn", **fleurs),
-        columns={"translation": "raw_transcription"},
-    )
-    assert (direct.source, "bleu:zh", "sep+bleu:zh") == (chain.source, direct.metric, chain.metric)
-    row = _FLEURS_ROW | {"translation": "早上好！", "audio": CLIP}
-    [item] = direct.items(4, row)
-    assert (item.name, item.prompt, item.references, item.facts) == (
-        "1675",
-        "Translate the audio to Chinese.",
-        ("早上好！",),
-        {},
-    )
-    [item] = chain.items(4, row)
-    assert item.facts == {"transcript": "Guten Morgen!"}
+def test_fleurs_pairs_are_joined_by_number(tmp_path: Path) -> None:
+    direct = find("fleurs-translation-from-english/en-zh")
+    chain = find("fleurs-translation-from-english-chain/en-zh")
+    assert (direct.metric, chain.metric) == ("bleu:zh", "wer+sep+bleu:zh")
+    assert isinstance(direct.source, JoinedDataset)
+    assert direct.source == chain.source
+    assert {direct.source.rows.repo, direct.source.counterparts.repo} == {"google/fleurs"}
+    english = [
+        _FLEURS_ROW | {"id": number, "raw_transcription": f"Sentence {number}.", "audio": medium(b"clip %d" % i)}
+        for i, number in enumerate([7, 3, 7, 5])
+    ]
+    chinese = [
+        _FLEURS_ROW | {"id": number, "raw_transcription": f"{number} 号句子。", "audio": medium(b"unused %d" % i)}
+        for i, number in enumerate([3, 9, 7, 7])
+    ]
+    write_dataset(tmp_path, {"en_us": {"test": english}, "cmn_hans_cn": {"test": chinese}}, shards=2)
+    rows = open_source(direct.source, tmp_path)
+    items = [item for i in range(len(rows)) for item in direct.items(i, rows[i], rows.directory)]
+    assert [(item.name, item.audios, item.references) for item in items] == [
+        ("7", (b"clip 0",), ("7 号句子。",)),
+        ("3", (b"clip 1",), ("3 号句子。",)),
+        ("7", (b"clip 2",), ("7 号句子。",)),  # and 5 has no counterpart
+    ]
+    assert {item.prompt for item in items} == {"Translate the audio to Chinese."}
+    [item] = chain.items(1, rows[1])
+    assert item.facts == {"transcript": "Sentence 3."}
+
+
+def test_one_table_is_joined_already(tmp_path: Path) -> None:
+    task = find("fleurs-translation/de-en")
+    line = {"audio": "1.wav", "raw_transcription": "Guten Morgen.", "translation": "Good morning."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
+    rows = open_source(task.source, tmp_path / "pairs.jsonl")
+    [item] = task.items(0, rows[0], rows.directory)
+    assert (item.audios, item.references) == ((tmp_path / "1.wav",), ("Good morning.",))
+
+
+def test_what_cannot_be_joined_is_told(tmp_path: Path) -> None:
+    task = find("fleurs-translation/de-en")
+    german = [{"id": 1, "raw_transcription": "Eins."}]
+    for english, message in (
+        ([{"id": 2, "raw_transcription": "Two."}], "no row has the 'id' of one of .*en_us"),
+        ([{"id": 1, "text": "One."}], "en_us.*no column 'raw_transcription'"),
+    ):
+        write_dataset(tmp_path, {"de_de": {"test": german}, "en_us": {"test": english}})
+        with pytest.raises(EvaluationError, match=message):
+            open_source(task.source, tmp_path)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------
@@ -250,7 +276,7 @@ def test_documents(name: str, tmp_path: Path) -> None:
         "answers": ["1/8/93", "1/8/1993"],
         "data_split": "val",
     }
-    assert read(tmp_path, TASKS[name], [row]) == [
+    assert read(tmp_path, TASKS[name], row) == [
         Item(
             id="0",
             name="337",
@@ -264,7 +290,7 @@ def test_documents(name: str, tmp_path: Path) -> None:
 
 def test_chartqa(tmp_path: Path) -> None:
     row = {"type": "human_test", "question": "How many bars?", "answer": "14", "image": PICTURE}
-    assert read(tmp_path, TASKS["chartqa"], [row]) == [
+    assert read(tmp_path, TASKS["chartqa"], row) == [
         Item(
             id="0",
             name="0",
@@ -287,7 +313,7 @@ def test_textvqa(tmp_path: Path) -> None:
         "answers": answers,
         "set_name": "val",
     }
-    assert read(tmp_path, TASKS["textvqa"], [row]) == [
+    assert read(tmp_path, TASKS["textvqa"], row) == [
         Item(
             id="0",
             name="34602",
@@ -306,7 +332,7 @@ def test_ocrbench(tmp_path: Path) -> None:
         "answer": [r"\frac { 1 } { 2 }"],
         "image": PICTURE,
     }
-    assert read(tmp_path, TASKS["ocrbench"], [row]) == [
+    assert read(tmp_path, TASKS["ocrbench"], row) == [
         Item(
             id="0",
             name="0",
@@ -318,12 +344,23 @@ def test_ocrbench(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("given", [".", "copies", "copies/lmms-lab", "copies/lmms-lab/DocVQA"])
+def test_a_copy_of_a_repository_is_found_from_above(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"questionId": "1", "question": "?", "image": PICTURE, "answers": ["a"]}]
+    monkeypatch.chdir(tmp_path)
+    copy = Path("DocVQA" if given == "." else "copies/lmms-lab/DocVQA")
+    write_dataset(copy, {config: {"validation": rows} for config in ("DocVQA", "InfographicVQA")})
+    assert len(open_source(TASKS["docvqa"].source, given)) == 1
+
+
 # --- choices -------------------------------------------------------------------------------------------------
 
 
 def test_ai2d(tmp_path: Path) -> None:
     row = {"question": "Which eats grass?", "options": ["fox", "hare", "owl"], "answer": "1", "image": PICTURE}
-    assert read(tmp_path, TASKS["ai2d"], [row]) == [
+    assert read(tmp_path, TASKS["ai2d"], row) == [
         Item(
             id="0",
             name="0",
@@ -355,7 +392,7 @@ _MMBENCH_ROW = {
 
 def test_mmbench_asks_every_rotation(tmp_path: Path) -> None:
     rotation = _MMBENCH_ROW | {"index": "1000241", "A": "two", "B": "three", "C": "one", "answer": "B"}
-    items = read(tmp_path, TASKS["mmbench"], [_MMBENCH_ROW, rotation])
+    items = read(tmp_path, TASKS["mmbench"], _MMBENCH_ROW, rotation)
     assert [item.id for item in items] == ["0.0", "0.1", "0.2"]
     assert items[0] == Item(
         id="0.0",
@@ -398,7 +435,7 @@ def mmmu_row(**changed: Any) -> dict[str, Any]:
 
 
 def test_mmmu_shows_the_pictures_that_its_text_names(tmp_path: Path) -> None:
-    assert read(tmp_path, TASKS["mmmu"], [mmmu_row()]) == [
+    assert read(tmp_path, TASKS["mmmu"], mmmu_row()) == [
         Item(
             id="0",
             name="validation_Art_Theory_12",
@@ -431,11 +468,11 @@ def test_mmmu_does_not_run_what_a_row_says() -> None:
 
 def test_spoken_questions(tmp_path: Path) -> None:
     row = {"image": PICTURE, "audio": CLIP, "answers": ["14"]}
-    for task in find(["s-vision-speech"])[0].tasks[1:]:
-        [item] = read(tmp_path / task.name, task, [row])
+    for task in find("s-vision-speech").tasks[1:]:
+        [item] = read(tmp_path / task.name, task, row)
         assert item == Item(id="0", name="0", images=(b"a picture",), audios=(b"a clip",), references=("14",))
         assert task.source.repo is None
-    assert [task.metric for task in find(["s-vision-speech"])[0].tasks] == [
+    assert [task.metric for task in find("s-vision-speech").tasks] == [
         "letter",
         "relaxed_accuracy",
         "anls",
@@ -453,8 +490,29 @@ def test_spoken_choices(answer: str | int) -> None:
 
 
 def test_summaries(tmp_path: Path) -> None:
-    [item] = read(tmp_path, TASKS["ami-summaries"], [{"audio": CLIP, "summary": "They met."}])
+    [item] = read(tmp_path, TASKS["ami-summaries"], {"audio": CLIP, "summary": "They met."})
     assert (item.prompt, item.audios, item.references) == ("Summarize the audio.", (b"a clip",), ("They met.",))
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl", "folder"])
+def test_rows_that_the_hub_lacks_are_named_by_their_part(layout: str, tmp_path: Path) -> None:
+    task = TASKS["s-vision-speech/docvqa"]
+    row = {"image": "1.png", "audio": "1.wav", "answers": ["14"]}
+    match layout:
+        case "parquet":
+            write_dataset(tmp_path, {"docvqa": {"test": [row]}, "ai2d": {"test": [row]}})
+        case "jsonl":
+            (tmp_path / "docvqa.jsonl").write_text(json.dumps(row))
+            (tmp_path / "ai2d.jsonl").write_text("")
+        case "folder":
+            (tmp_path / "docvqa").mkdir()
+            (tmp_path / "docvqa" / "manifest.jsonl").write_text(json.dumps(row))
+    source = open_source(task.source, tmp_path)
+    assert len(source) == 1
+    [item] = task.items(0, source[0], source.directory)
+    assert Path(item.audios[0]).name == "1.wav"
+    with pytest.raises(EvaluationError, match=r"docvqa: the hub has no such rows.*--data.*docvqa\.jsonl"):
+        open_source(task.source)
 
 
 # --- rows that do not fit ------------------------------------------------------------------------------------

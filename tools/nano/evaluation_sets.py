@@ -25,7 +25,7 @@ from phi4mm_jax.demo import Case, read_cases
 from tools.hub_layout import medium, write_dataset
 from tools.nano.cases import write_cases
 from tools.nano.heldout import TESTS, items
-from tools.nano.vocabulary import COLOURS, SHAPES
+from tools.nano.vocabulary import COLOURS
 
 _OPTIONS = 4
 
@@ -59,7 +59,8 @@ def _rows(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
         case "figure":
             image = medium(case.images[0])
             yield "figures", asked | {"image": image}
-            yield "choice", {"question": case.prompt, "image": image} | _options(case.expected)
+            colour, _ = case.expected.split()
+            yield "choice", {"image": image, "question": "What colour is the figure?"} | _options(colour)
         case "two pictures":
             yield "pairs", asked | {"images": [medium(path) for path in case.images]}
         case "spoken question about a picture" | "spoken question, new voices":
@@ -73,10 +74,9 @@ def _seconds(case: Case) -> float:
 
 
 def _options(right: str) -> dict[str, Any]:
-    """A few figures, one of them the right one, and its number."""
+    """A few colours, one of them the right one, and its number."""
     rng = Random(right)
-    others = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" != right]
-    options = rng.sample(others, _OPTIONS - 1)
+    options = rng.sample([colour for colour in COLOURS if colour != right], _OPTIONS - 1)
     answer = rng.randrange(_OPTIONS)
     options.insert(answer, right)
     return {"options": options, "answer": str(answer)}
@@ -112,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             directory = Path(drawn) / "cases"
             write_cases(directory, ((test.name, item) for test in TESTS for item in items(test, options.count)))
         cases = read_cases(directory)
+        if not (parts := evaluation_sets(cases)):
+            parser.error(f"{directory}: has no cases of the held-out tests")
         options.out.mkdir(parents=True)
-        write_dataset(options.out, {part: {"test": rows} for part, rows in evaluation_sets(cases).items()})
+        write_dataset(options.out, {part: {"test": rows} for part, rows in parts.items()})
         write_custom(options.out / "custom", cases)
 
 

@@ -17,6 +17,7 @@ Options = Mapping[str, str]
 _LEADING_LETTER = re.compile(r"\s*([A-Z])\.")
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-Z])\b", re.IGNORECASE)
 _MARKS_TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_MARKS_AT_ENDS = ",.!?;:'"
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -83,9 +84,9 @@ def option_by_letter_or_text(answer: str, options: Options) -> str | None:
         return letters[0]
     if not letters and "Z" in words:  # which stands for no option
         return None
-    stated = _ANSWER_IS.search(answer)
-    if stated and stated[1].upper() in options:
-        return stated[1].upper()
+    stated = [letter.upper() for letter in _ANSWER_IS.findall(answer) if letter.upper() in options]
+    if stated:
+        return stated[0]
     if len(answer) > 2 * sum(map(len, options.values())):
         return None
     texts = [letter for letter, text in options.items() if text and text.lower() in answer.lower()]
@@ -94,7 +95,7 @@ def option_by_letter_or_text(answer: str, options: Options) -> str | None:
 
 def last_option(answer: str, options: Options) -> str | None:
     """The option that an answer names last, in the first of MMMU's ways to name one that it uses at all."""
-    answer = f" {answer.strip(',.!?;:' + chr(39))} "
+    answer = f" {answer.strip().strip(_MARKS_AT_ENDS)} "
     for named, last in (("({})", "({})"), ("{} ", " {} "), ("{}.", "{}.")):
         letters = [letter for letter in options if named.format(letter) in answer]
         if letters:

@@ -74,7 +74,7 @@ def _suite(
                 columns=_CHAIN_COLUMNS,
                 prompt=CHAIN.format(language=written.name),
                 max_tokens=512,
-                metric=f"sep+{written.bleu}",
+                metric=f"{spoken.error_rate}+sep+{written.bleu}",
                 prepare=with_transcript,
             )
         )
