@@ -41,6 +41,9 @@ class Rows:
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self.rows]
+
 
 def read_manifest(path: Path) -> Rows:
     """Reads a JSONL file, an object a line, or a CSV file with a header; an empty cell is a column that its row lacks.

@@ -7,7 +7,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -120,8 +120,7 @@ def _matching(folder: str, pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def _named(paths: Iterable[str]) -> Splits:
-    """Tells configuration and split from paths such as test-00000-of-00003.parquet, data/test.parquet or
-    config/test/0000.parquet."""
+    """Tells configuration and split from paths such as data/test-00000-of-00003.parquet or config/test/0000.parquet."""
     splits: Splits = {}
     for path in sorted(paths):
         *folders, stem = PurePosixPath(path).with_suffix("").parts
@@ -141,26 +140,22 @@ class ParquetRows:
 
     directory: Path | None = None
 
-    def __init__(
-        self, repository: Repository, paths: Sequence[str], columns: Collection[str] | None = None, name: str = ""
-    ):
+    def __init__(self, repository: Repository, paths: Sequence[str], description: str):
         """Reads the files' footers.
 
         Args:
           repository: where they are.
           paths: of the files.
-          columns: that rows shall have; None for all.
-          name: for messages and results.
+          description: for messages and results.
 
         Raises:
           EvaluationError: a file cannot be read, or is not in Parquet.
         """
-        self.description = name or repository.name
+        self.description = description
         self._repository, self._paths = repository, paths
         with ThreadPoolExecutor(8) as pool:
             self._footers = list(pool.map(self._footer, paths))
         self.columns: Sequence[str] = self._footers[0].schema.to_arrow_schema().names
-        self._wanted = None if columns is None else [column for column in self.columns if column in columns]
         self._groups = [(i, j) for i, footer in enumerate(self._footers) for j in range(footer.num_row_groups)]
         self._ends = list(accumulate(self._footers[i].row_group(j).num_rows for i, j in self._groups))
         self._lock = threading.Lock()
@@ -175,6 +170,11 @@ class ParquetRows:
         group = bisect_right(self._ends, index)
         table = self._table(group)
         return table.slice(index - self._ends[group] + table.num_rows, 1).to_pylist()[0]
+
+    def column(self, name: str) -> list[Any]:
+        if name not in self.columns:
+            raise EvaluationError(f"{self.description}: no column {name!r}; there are {', '.join(self.columns)}")
+        return [value for group in range(len(self._groups)) for value in self._read(group, [name])[name].to_pylist()]
 
     def _table(self, group: int) -> pa.Table:
         with self._lock:
@@ -196,12 +196,12 @@ class ParquetRows:
         file, group = self._groups[group]
         return self._footers[file].row_group(group).total_byte_size
 
-    def _read(self, group: int) -> pa.Table:
+    def _read(self, group: int, columns: list[str] | None = None) -> pa.Table:
         file, group = self._groups[group]
         try:
             with self._repository.open(self._paths[file]) as stream:
                 parquet = pq.ParquetFile(stream, metadata=self._footers[file], pre_buffer=True)
-                return parquet.read_row_group(group, self._wanted)
+                return parquet.read_row_group(group, columns)
         except Exception as error:
             raise self._failure(error, self._paths[file]) from error
 

@@ -1,5 +1,4 @@
-"""From rows of a dataset to prompts: read, decoded and processed by several threads ahead of their use, long ones
-first."""
+"""From rows of a dataset to prompts, which several threads make ahead of their use and hand out long ones first."""
 
 from __future__ import annotations
 

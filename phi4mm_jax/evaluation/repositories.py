@@ -116,8 +116,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         match error:
             case GatedRepoError():
                 return (
-                    f"{repo}: access is restricted; accept the terms on its page, https://huggingface.co/datasets/{repo}, "
-                    "then run `hf auth login` or set HF_TOKEN"
+                    f"{repo}: access is restricted; accept the terms on its page on the hub, then run "
+                    "`hf auth login` or set HF_TOKEN"
                 )
             case RepositoryNotFoundError():
                 return f"{repo}: no such dataset on the hub (or a private one: set HF_TOKEN)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from phi4mm_jax.evaluation.items import EvaluationError, Row
 from phi4mm_jax.evaluation.joined import JoinedRows
@@ -15,7 +15,7 @@ from phi4mm_jax.evaluation.parquet import ParquetRows, find_split, splits_of
 from phi4mm_jax.evaluation.repositories import CONVERTED, LocalRepository, Repository, open_repository
 from phi4mm_jax.evaluation.tasks.task import HubDataset, JoinedDataset
 
-_ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?")
+_ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
 """How a dataset on the hub is named where a path may stand too."""
 
 
@@ -38,10 +38,15 @@ class Source(Protocol):
           EvaluationError: it cannot be read any more.
         """
 
+    def column(self, name: str) -> list[Any]:
+        """What all rows have there, of which nothing else is read.
 
-def open_source(
-    source: HubDataset | JoinedDataset | Path, data: str | Path | None = None, columns: Collection[str] | None = None
-) -> Source:
+        Raises:
+          EvaluationError: there is no such column, or it cannot be read any more.
+        """
+
+
+def open_source(source: HubDataset | JoinedDataset | Path, data: str | Path | None = None) -> Source:
     """Opens the rows of a task; of remote ones no more than the number of rows is fetched.
 
     Args:
@@ -50,27 +55,27 @@ def open_source(
         repository, a manifest or media with texts, or several of these as `owner/name` or `name` of the task's
         repository; a directory with a JSONL, a CSV or a folder named as the task's configuration; or a repository on
         the hub, `owner/name[:config[:split]]`. Of a joined dataset, one table is taken for rows that are joined.
-      columns: of Parquet files, those that are needed; None for all.
 
     Raises:
       EvaluationError: there is no such thing, it cannot be read, or it lacks the split.
     """
     if isinstance(source, JoinedDataset):
-        return _joined(source, data, columns)
+        rows, counterparts = open_source(source.rows, data), open_source(source.counterparts, data)
+        is_one_table = rows.description == counterparts.description
+        return rows if is_one_table else JoinedRows(rows, counterparts, source)
     own = source if isinstance(source, HubDataset) else None
     if data is None:
-        return _on_hub(own, columns) if own else _local(Path(source).expanduser(), None, columns)
+        return _on_hub(own) if own else _local(Path(source).expanduser(), None)
     path = Path(data).expanduser()
     if path.exists():
-        return _local(path, own, columns)
+        return _local(path, own)
     if not (named := _ON_HUB.fullmatch(str(data))):
         raise EvaluationError(
             f"{data}: no such file or directory; accepted: a JSONL, CSV or Parquet file, a directory, or a dataset on "
             "the hub, owner/name[:config[:split]]"
         )
     given = {name: value for name, value in named.groupdict().items() if value}
-    dataset = dataclasses.replace(own, revision=None, **given) if own else HubDataset(**given)
-    return _on_hub(dataset, columns)
+    return _on_hub(dataclasses.replace(own, revision=None, **given) if own else HubDataset(**given))
 
 
 def rows_of_shard(total: int, limit: int | None, shard: tuple[int, int]) -> range:
@@ -93,15 +98,7 @@ def rows_of_shard(total: int, limit: int | None, shard: tuple[int, int]) -> rang
     return range(counted * (index - 1) // count, counted * index // count)
 
 
-def _joined(dataset: JoinedDataset, data: str | Path | None, columns: Collection[str] | None) -> Source:
-    rows = open_source(dataset.rows, data, columns)
-    others = open_source(dataset.counterparts, data, {dataset.key, *dataset.columns.values()})
-    if rows.description == others.description:
-        return rows
-    return JoinedRows(dataset, rows, open_source(dataset.rows, data, {dataset.key}), others)
-
-
-def _on_hub(dataset: HubDataset, columns: Collection[str] | None) -> Source:
+def _on_hub(dataset: HubDataset) -> Source:
     if dataset.repo is None:
         raise EvaluationError(
             f"{dataset.config}: the hub has no such rows; name yours with --data: a JSONL or CSV, or a directory that "
@@ -118,12 +115,12 @@ def _on_hub(dataset: HubDataset, columns: Collection[str] | None) -> Source:
             ) from error
         splits = splits_of(repository)
     paths = find_split(splits, dataset.config, dataset.split, dataset.repo)
-    return ParquetRows(repository, paths, columns, _described(repository, dataset))
+    return ParquetRows(repository, paths, _described(repository, dataset))
 
 
-def _local(path: Path, dataset: HubDataset | None, columns: Collection[str] | None) -> Source:
+def _local(path: Path, dataset: HubDataset | None) -> Source:
     if path.is_file():
-        return _file(path, columns)
+        return _file(path)
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such file or directory")
     repository = LocalRepository(path)
@@ -137,7 +134,7 @@ def _local(path: Path, dataset: HubDataset | None, columns: Collection[str] | No
         path = next((part for part in named if part.exists()), path)
         return read_folder(path) if path.is_dir() else read_manifest(path)
     paths = find_split(splits, dataset and dataset.config, dataset and dataset.split, repository.name)
-    return ParquetRows(repository, paths, columns, _described(repository, dataset))
+    return ParquetRows(repository, paths, _described(repository, dataset))
 
 
 def _described(repository: Repository, dataset: HubDataset | None) -> str:
@@ -145,10 +142,10 @@ def _described(repository: Repository, dataset: HubDataset | None) -> str:
     return f"{repository.name} ({part})" if part else repository.name
 
 
-def _file(path: Path, columns: Collection[str] | None) -> Source:
+def _file(path: Path) -> Source:
     match path.suffix.lower():
         case ".jsonl" | ".csv":
             return read_manifest(path)
         case ".parquet":
-            return ParquetRows(LocalRepository(path.parent), [path.name], columns, str(path))
+            return ParquetRows(LocalRepository(path.parent), [path.name], str(path))
     raise EvaluationError(f"{path}: not a kind of dataset that can be read; accepted: .jsonl, .csv, .parquet")
