@@ -122,11 +122,6 @@ def test_mmmu_open_questions(answer, references, expected):
     ("name", "facts", "message"),
     [
         ("mmbench", {}, r"^mmbench: the item has no 'options' among its facts, which are \[\]$"),
-        (
-            "mmmu",
-            {"options": OPTIONS},
-            r"^mmmu: the item has no 'question_type' among its facts, which are \['options'\]$",
-        ),
         ("mmmu", {"dataset": "x"}, r"^mmmu: the item has no 'options' among its facts, which are \['dataset'\]$"),
         ("mmbench", {"options": ["x"]}, r"^mmbench: the item's options must be texts by letter, not \['x'\]$"),
     ],
