@@ -12,7 +12,7 @@ from phi4mm_jax.evaluation.metrics import registry
 from phi4mm_jax.evaluation.metrics.metric import percent
 from phi4mm_jax.evaluation.metrics.registry import NAMES, metric
 
-FACTS = {"options": {"A": "red", "B": "green"}, "question_type": "multiple-choice", "transcript": "a red bird"}
+FACTS = {"options": {"A": "red", "B": "green"}, "transcript": "a red bird"}
 AVAILABLE = [name for name in NAMES if "mecab" not in name]
 
 
