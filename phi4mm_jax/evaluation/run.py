@@ -146,10 +146,11 @@ def _check(task: Task, source: Source, limit: int | None, part: tuple[int, int])
       EvaluationError: its metric cannot be had, there are no rows, the first has not what it needs, or there is no such
         shard.
     """
-    metric(task.metric)
+    measure = metric(task.metric).measure
     if not rows_of_shard(len(source), limit, part):
         raise EvaluationError(f"{source.description}: has no rows, or fewer than shards")
-    task.items(0, source[0], source.directory)
+    for item in task.items(0, source[0], source.directory):
+        measure("", item.references, item.facts)
 
 
 def _steps(model: Phi4MM, batch: int | Literal["auto"]) -> Steps:
@@ -174,6 +175,7 @@ def _settings(task: Task, model: Phi4MM, limit: int | None) -> dict[str, Any]:
         "revision": model.directory.name if is_snapshot else None,
         "prompt": task.prompt,
         "max_tokens": task.max_tokens,
+        "ignore_eos": task.ignore_eos or None,
         "metric": task.metric,
         "limit": limit,
         "weights": runtime.dtypes.params,

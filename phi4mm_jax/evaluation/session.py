@@ -53,7 +53,7 @@ class Session:
         """
         self._steps, self._store, self._progress = steps, store, progress
         self._service = Service(steps, weights, tokenizer)
-        self._params, self._metric = SamplingParams(max_tokens=task.max_tokens), metric
+        self._params, self._metric = SamplingParams(max_tokens=task.max_tokens, ignore_eos=task.ignore_eos), metric
         self._name = uuid.uuid4().hex[:12]
         self._begun = clock()
         self._asked: dict[str, tuple[Prepared, Request, list[Piece]]] = {}  # by item
