@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.experimental import multihost_utils
 
 from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.evaluation.environment import hardware, versions
@@ -24,7 +23,7 @@ from phi4mm_jax.evaluation.results import Results
 from phi4mm_jax.evaluation.session import Session
 from phi4mm_jax.evaluation.shards import check_shards
 from phi4mm_jax.evaluation.sources import Source, open_source, rows_of_shard
-from phi4mm_jax.evaluation.store import Store, parse_shard, read_shards, task_directory
+from phi4mm_jax.evaluation.store import Store, parse_shard, read_shards, task_directory, wait_for_all
 from phi4mm_jax.evaluation.tasks.catalogue import find
 from phi4mm_jax.evaluation.tasks.suite import Suite, tasks_of
 from phi4mm_jax.evaluation.tasks.task import Task
@@ -89,7 +88,6 @@ def evaluate(
     if not isinstance(model, Phi4MM):
         model = Phi4MM.from_pretrained(model, progress=progress, **loading)
     loading_seconds = time.perf_counter() - begun
-    distributed = part is None and jax.process_count() > 1
     part = part or (jax.process_index() + 1, jax.process_count())
     steps = _steps(model, batch)
     model.service.release()  # its cache makes room
@@ -121,8 +119,9 @@ def evaluate(
                 )
                 session.run(items, loading_seconds)
         loading_seconds = 0.0
-    if distributed:
-        multihost_utils.sync_global_devices("evaluated")
+    if shard is None:
+        for task in planned:
+            wait_for_all(task_directory(out, task.name), part[1])
     shards = {task.name: read_shards(task_directory(out, task.name)) for task in planned}
     if shard is not None:
         own = {name: [found for found in all_ if (found.number, found.of) == part] for name, all_ in shards.items()}

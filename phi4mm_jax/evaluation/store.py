@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -112,15 +113,14 @@ def read_shards(directory: Path) -> list[Shard]:
     for path in sorted(directory.glob("about-*.json")):
         match = re.fullmatch(r"about-(\d+)-of-(\d+)", path.stem)
         files = _Files(directory, path.stem.removeprefix("about-"))
-        sessions = [_parsed(files.sessions, *line) for line in _lines(files.sessions)]
         shards.append(
             Shard(
                 directory=directory,
                 number=int(match[1]),
                 of=int(match[2]),
-                complete=any(session["complete"] for session in sessions),
+                complete=_is_complete(files),
                 answered=read_items(files.items),
-                sessions=sessions,
+                sessions=[_parsed(files.sessions, *line) for line in _lines(files.sessions)],
                 **json.loads(path.read_text(encoding="utf-8")),
             )
         )
@@ -165,9 +165,20 @@ class _Files:
         replace_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
+def wait_for_all(directory: Path, of: int) -> None:
+    """Waits until other processes have answered all of so many parts."""
+    while not all(_is_complete(_Files(directory, f"{number}-of-{of}")) for number in range(1, of + 1)):
+        time.sleep(1)
+
+
+def _is_complete(files: _Files) -> bool:
+    return any(_parsed(files.sessions, *line)["complete"] for line in _lines(files.sessions))
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The whole lines of a file, numbered: another process may be writing one."""
     with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
-        yield from enumerate(file, start=1)
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.endswith("\n"))
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
