@@ -96,7 +96,7 @@ def write(results: Sequence[Results], asked: Mapping[str, tuple[Task, Source]], 
         directory.mkdir(parents=True, exist_ok=True)
         result.save(directory / "results.json")
     replace_text(out / "results.md", markdown(results))
-    write_report(out / "report.html", results, media_of, "Evaluation")
+    write_report(out / "report.html", results, media_of, results[0].settings["model"])
 
 
 def _task(shard: Shard) -> Task:

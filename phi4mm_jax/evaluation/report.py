@@ -126,7 +126,9 @@ def _section(results: Results, media_of: MediaOf, sections: int) -> _Section:
         top=_round_up(max(ends + ([results.published.score] if results.published else []), default=1.0)),
         histogram=_histogram([r.score for r in results.answered if r.score is not None]),
         imperfect=len(bad),
-        cases=[_case(results, record, media_of, previews) for record in bad[: min(_WORST, _MAX_CASES // sections)]],
+        cases=[
+            _case(results, record, media_of, previews) for record in bad[: min(_WORST, max(1, _MAX_CASES // sections))]
+        ],
         failed=[record for record in results.answered if record.error is not None],
     )
 

@@ -23,13 +23,12 @@ from phi4mm_jax.evaluation.progress import Progress
 from phi4mm_jax.evaluation.results import Results
 from phi4mm_jax.evaluation.session import Session
 from phi4mm_jax.evaluation.shards import check_shards
-from phi4mm_jax.evaluation.sources import open_source, rows_of_shard
+from phi4mm_jax.evaluation.sources import Source, open_source, rows_of_shard
 from phi4mm_jax.evaluation.store import Store, parse_shard, read_shards, task_directory
 from phi4mm_jax.evaluation.tasks.catalogue import find
 from phi4mm_jax.evaluation.tasks.suite import Suite, tasks_of
 from phi4mm_jax.evaluation.tasks.task import Task
 from phi4mm_jax.runtime.steps import Steps
-from phi4mm_jax.service import Service
 
 _MOST_ROWS = 256
 """That are tried on an accelerator; the service takes fewer where memory ends."""
@@ -84,16 +83,16 @@ def evaluate(
     part = parse_shard(shard) if shard is not None else None
     planned = {task.name: task for entry in entries for task in tasks_of(entry)}.values()
     sources = {task.name: open_source(task.source, data) for task in planned}
-    for task in planned:  # what is wrong is said before anything expensive
-        metric(task.metric)
-        rows_of_shard(len(sources[task.name]), limit, part or (1, 1))
+    for task in planned:
+        _check(task, sources[task.name], limit, part or (1, 1))
     begun = time.perf_counter()
     if not isinstance(model, Phi4MM):
         model = Phi4MM.from_pretrained(model, progress=progress, **loading)
     loading_seconds = time.perf_counter() - begun
     distributed = part is None and jax.process_count() > 1
     part = part or (jax.process_index() + 1, jax.process_count())
-    steps, service = _service(model, batch)
+    steps = _steps(model, batch)
+    model.service.release()  # its cache makes room
     for task in planned:
         source = sources[task.name]
         rows = rows_of_shard(len(source), limit, part)
@@ -117,9 +116,11 @@ def evaluate(
             )
             shown = Progress(task.name, task.metric, len(rows), (a.id for a in store.answered), progress)
             with shown, contextlib.closing(items):
-                Session(steps, service, task, metric(task.metric), store, shown).run(items, loading_seconds)
+                session = Session(
+                    steps, model.weights, model.processor.tokenizer, task, metric(task.metric), store, shown
+                )
+                session.run(items, loading_seconds)
         loading_seconds = 0.0
-    service.release()
     if distributed:
         multihost_utils.sync_global_devices("evaluated")
     shards = {task.name: read_shards(task_directory(out, task.name)) for task in planned}
@@ -138,16 +139,29 @@ def _entry(asked: Asked) -> Task | Suite:
     return asked if isinstance(asked, (Task, Suite)) else find(str(asked))
 
 
-def _service(model: Phi4MM, batch: int | Literal["auto"]) -> tuple[Steps, Service]:
-    """Programs for so many rows, and a service of its own, which has seen nothing yet."""
+def _check(task: Task, source: Source, limit: int | None, part: tuple[int, int]) -> None:
+    """Finds what is wrong with a task before anything expensive begins.
+
+    Raises:
+      EvaluationError: its metric cannot be had, there are no rows, the first has not what it needs, or there is no such
+        shard.
+    """
+    measure = metric(task.metric).measure
+    if not rows_of_shard(len(source), limit, part):
+        raise EvaluationError(f"{source.description}: has no rows, or fewer than shards")
+    for item in task.items(0, source[0], source.directory):
+        measure("", item.references, item.facts)
+
+
+def _steps(model: Phi4MM, batch: int | Literal["auto"]) -> Steps:
+    """The model's programs for so many rows."""
     steps, rows = model.steps, batch
     if rows == "auto":
         is_cpu = steps.mesh.devices.flat[0].platform == "cpu"
         rows = steps.runtime.engine.max_batch if is_cpu else max(steps.runtime.engine.max_batch, _MOST_ROWS)
-    if rows != steps.runtime.engine.max_batch:
-        steps = Steps(steps.model, steps.runtime.override(engine={"max_batch": rows}), steps.mesh)
-    model.service.release()  # its cache makes room
-    return steps, Service(steps, model.weights, model.processor.tokenizer)
+    if rows == steps.runtime.engine.max_batch:
+        return steps
+    return Steps(steps.model, steps.runtime.override(engine={"max_batch": rows}), steps.mesh)
 
 
 def _settings(task: Task, model: Phi4MM, limit: int | None) -> dict[str, Any]:
@@ -161,6 +175,7 @@ def _settings(task: Task, model: Phi4MM, limit: int | None) -> dict[str, Any]:
         "revision": model.directory.name if is_snapshot else None,
         "prompt": task.prompt,
         "max_tokens": task.max_tokens,
+        "ignore_eos": task.ignore_eos or None,
         "metric": task.metric,
         "limit": limit,
         "weights": runtime.dtypes.params,

@@ -18,30 +18,42 @@ from phi4mm_jax.evaluation.pipeline import Prepared
 from phi4mm_jax.evaluation.progress import Progress
 from phi4mm_jax.evaluation.store import Store
 from phi4mm_jax.evaluation.tasks.task import Task
+from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.runtime.compilation import clock
 from phi4mm_jax.runtime.limits import RequestError, answer_limit
 from phi4mm_jax.runtime.memory import MemoryPlanError
 from phi4mm_jax.runtime.sampling import SamplingParams
-from phi4mm_jax.runtime.steps import Steps
+from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.service import Request, Service
 
 
 class Session:
     """One run of the program over what is left of a task."""
 
-    def __init__(self, steps: Steps, service: Service, task: Task, metric: Metric, store: Store, progress: Progress):
-        """Joins the parts.
+    def __init__(
+        self,
+        steps: Steps,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        task: Task,
+        metric: Metric,
+        store: Store,
+        progress: Progress,
+    ):
+        """Joins the parts; what is kept of earlier requests would make it look fast, so it has a service of its own.
 
         Args:
           steps: of the model.
-          service: runs them.
+          weights: what they run on.
+          tokenizer: of the model.
           task: what is asked.
           metric: of the task, for the score so far.
           store: takes the answers.
           progress: is shown each.
         """
-        self._steps, self._service, self._store, self._progress = steps, service, store, progress
-        self._params, self._metric = SamplingParams(max_tokens=task.max_tokens), metric
+        self._steps, self._store, self._progress = steps, store, progress
+        self._service = Service(steps, weights, tokenizer)
+        self._params, self._metric = SamplingParams(max_tokens=task.max_tokens, ignore_eos=task.ignore_eos), metric
         self._name = uuid.uuid4().hex[:12]
         self._begun = clock()
         self._asked: dict[str, tuple[Prepared, Request, list[Piece]]] = {}  # by item
@@ -60,7 +72,7 @@ class Session:
         Raises:
           Exception: whatever the model fails with that no single item is to blame for.
         """
-        before, complete = dataclasses.asdict(self._service.load().counts), False
+        complete = False
         begun, self._begun = time.perf_counter(), clock()
         try:
             self._ask_all(prepared)
@@ -68,11 +80,10 @@ class Session:
         finally:
             for _, request, _ in self._asked.values():
                 self._service.cancel(request)
+            self._service.release()
             seconds = clock() - self._begun
-            after = dataclasses.asdict(self._service.load().counts)
-            measured = {name: after[name] - before[name] for name in after}
             self._store.end_session(
-                measured
+                dataclasses.asdict(self._service.load().counts)
                 | {"session": self._name, "complete": complete, "rows": self._steps.runtime.engine.max_batch}
                 | {"seconds": seconds, "warm_up_seconds": time.perf_counter() - begun - seconds}
                 | {"loading_seconds": loading_seconds}

@@ -61,8 +61,8 @@ class Meter:
     """Charges device time to kinds of work, without making the device wait.
 
     Calls run in the order in which they are made. One takes the time from when the one before was ready, or when it was
-    made itself if that is later, until it is seen to be ready, which is when the host comes to need it. Compilation does
-    not count.
+    made itself if that is later, until it is seen to be ready, which is when the host comes to need it. The time of
+    compilations does not count.
     """
 
     def __init__(self, counts: Counts):

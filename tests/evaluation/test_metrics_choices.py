@@ -82,7 +82,7 @@ def test_mmbench(answer, expected):
 )
 def test_mmmu_multiple_choice(answer, expected):
     assert last_option(answer, OPTIONS) == expected
-    facts = {"options": OPTIONS, "question_type": "multiple-choice"}
+    facts = {"options": OPTIONS}
     found = metric("mmmu")
     assert found.measure(answer, ["B"], facts) == (expected == "B", 1)
     assert found.extras[0].measure(answer, ["B"], facts) == (expected is None, 1)
@@ -114,20 +114,15 @@ def test_mmmu_multiple_choice(answer, expected):
 def test_mmmu_open_questions(answer, references, expected):
     assert is_right(answer, references) is expected
     found = metric("mmmu")
-    assert found.measure(answer, references, {"question_type": "open"}) == (expected, 1)
-    assert found.extras[0].measure(answer, references, {"question_type": "open"}) == (0, 1)
+    assert found.measure(answer, references, {"options": {}}) == (expected, 1)
+    assert found.extras[0].measure(answer, references, {"options": {}}) == (0, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "facts", "message"),
     [
         ("mmbench", {}, r"^mmbench: the item has no 'options' among its facts, which are \[\]$"),
-        (
-            "mmmu",
-            {"options": OPTIONS},
-            r"^mmmu: the item has no 'question_type' among its facts, which are \['options'\]$",
-        ),
-        ("mmmu", {"question_type": "multiple-choice"}, "^mmmu: the item has no 'options'"),
+        ("mmmu", {"dataset": "x"}, r"^mmmu: the item has no 'options' among its facts, which are \['dataset'\]$"),
         ("mmbench", {"options": ["x"]}, r"^mmbench: the item's options must be texts by letter, not \['x'\]$"),
     ],
 )

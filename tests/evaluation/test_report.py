@@ -190,9 +190,10 @@ def test_nothing_to_show(write, predictions):
 def test_text_of_strangers_stays_text(write):
     everywhere = {"prompt": SCRIPT, "references": (SCRIPT,), "facts": {"subset": SCRIPT}}
     failed = results([""], task="failed", error=SCRIPT, **everywhere)
-    page = write(results([SCRIPT + "!"], **everywhere), failed)
+    wrong = results([SCRIPT + "!"], **everywhere)
+    page = write(wrong, failed, score_suite("suite", SCRIPT, [wrong, failed], note=SCRIPT))
     assert not page.all("script")
-    assert page.text.count(SCRIPT) >= 6
+    assert page.text.count(SCRIPT) == 8
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';") and "script" not in policy
 

@@ -54,21 +54,17 @@ def mmbench() -> Metric:
 
 
 def mmmu() -> Metric:
-    """The option, or the number or words, that MMMU's own rules find; but an answer without any is wrong."""
-
-    def option(prediction: str, facts: Mapping[str, Any]) -> str | None:
-        return last_option(prediction, _options(facts, "mmmu"))
-
-    def is_open(facts: Mapping[str, Any]) -> bool:
-        return fact(facts, "question_type", "mmmu") == "open"
+    """The option that MMMU's own rules find, or, without options, the number or words; an unclear answer is wrong."""
 
     def grade(prediction: str, references: Sequence[str], facts: Mapping[str, Any]) -> float:
-        if is_open(facts):
+        options = _options(facts, "mmmu")
+        if not options:
             return open_questions.is_right(prediction, references)
-        return option(prediction, facts) in references
+        return last_option(prediction, options) in references
 
     def without(prediction: str, references: Sequence[str], facts: Mapping[str, Any]) -> float:
-        return not is_open(facts) and option(prediction, facts) is None
+        options = _options(facts, "mmmu")
+        return bool(options) and last_option(prediction, options) is None
 
     rules = {"extraction": "of MMMU, but for an answer without any option, which is wrong where MMMU draws one"}
     return mean("mmmu", "accuracy", grade, rules, extras=(_without_option(without),))

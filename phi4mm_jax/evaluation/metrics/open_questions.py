@@ -29,8 +29,8 @@ def _conclusions(answer: str) -> list[str]:
     """The shortest end of each line that follows a word such as "is", in lower case; all of it if there is none."""
     lines = answer.strip().strip(".").lower().split("\n")
     found = []
-    for line in lines:
-        marks = (*_CONCLUSIONS, "=") if line is lines[-1] else _CONCLUSIONS
+    for number, line in enumerate(lines, 1):
+        marks = (*_CONCLUSIONS, "=") if number == len(lines) else _CONCLUSIONS
         ends = [line.rpartition(mark)[2].strip() for mark in marks if mark in line]
         # As MMMU does it, which starts anew after an empty end.
         shortest = functools.reduce(lambda best, end: end if not best or len(end) < len(best) else best, ends, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,13 +29,13 @@ def bleu(tokenizer: str = "13a") -> Metric:
     if tokenizer not in TOKENIZERS:
         known = nearest_first(tokenizer, [f"bleu:{other}" for other in TOKENIZERS])
         raise EvaluationError(f"{name}: no such tokenizer; there are {known}")
-    if tokenizer == "ja":
-        tokenizer = "ja-mecab" if importlib.util.find_spec("MeCab") else "char"
     try:
-        sacrebleu = BLEU(tokenize=tokenizer)
-    except RuntimeError:
-        extra = tokenizer.partition("-")[0]
-        raise EvaluationError(f"{name}: needs pip install 'sacrebleu[{extra}]'; bleu:char does not") from None
+        sacrebleu = BLEU(tokenize="ja-mecab" if tokenizer == "ja" else tokenizer)
+    except RuntimeError:  # without MeCab
+        if tokenizer != "ja":
+            extra = tokenizer.removesuffix("-mecab")
+            raise EvaluationError(f"{name}: needs pip install 'sacrebleu[{extra}]'; bleu:char does not") from None
+        sacrebleu = BLEU(tokenize="char")
 
     def measure(prediction: str, references: Sequence[str], facts: Mapping[str, Any]) -> Sequence[float]:
         if not references:

@@ -33,7 +33,7 @@ CHINESE = Language(code="zh", name="Chinese", fleurs="cmn_hans_cn", region="-CN"
 GERMAN = Language(code="de", name="German", fleurs="de_de", error_rate="wer:de")
 FRENCH = Language(code="fr", name="French", fleurs="fr_fr", error_rate="wer:fr")
 ITALIAN = Language(code="it", name="Italian", fleurs="it_it", error_rate="wer:it")
-JAPANESE = Language(code="ja", name="Japanese", fleurs="ja_jp", error_rate="cer:ja", bleu="bleu:ja-mecab")
+JAPANESE = Language(code="ja", name="Japanese", fleurs="ja_jp", error_rate="cer:ja", bleu="bleu:ja")
 SPANISH = Language(code="es", name="Spanish", fleurs="es_419", error_rate="wer:es")
 PORTUGUESE = Language(code="pt", name="Portuguese", fleurs="pt_br", error_rate="wer:pt")
 

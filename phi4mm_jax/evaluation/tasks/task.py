@@ -87,6 +87,8 @@ class Task:
     """Text of the user, with columns in braces; `{{` is a brace."""
     max_tokens: int = 128
     """Of an answer."""
+    ignore_eos: bool = False
+    """Whether every answer has as many tokens, whatever it says: to measure speed."""
     metric: str
     """By name, see `metrics.registry`."""
     prepare: Callable[[Row], Iterable[Row]] | None = None
