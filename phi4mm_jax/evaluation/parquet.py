@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import posixpath
 import re
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,8 @@ _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 """Names that folders of splits have; of others the files' names tell."""
 _KEPT_BYTES = 256 << 20
 """Row groups that are kept, uncompressed; never fewer than two, for rows are read in order by several threads."""
+_PIECE = 32 << 20
+"""Bytes that are fetched at once."""
 
 
 # --- which files ---------------------------------------------------------------------------------------------
@@ -198,10 +201,13 @@ class ParquetRows:
 
     def _read(self, group: int, columns: list[str] | None = None) -> pa.Table:
         file, group = self._groups[group]
+        footer = self._footers[file]
         try:
             with self._repository.open(self._paths[file]) as stream:
-                parquet = pq.ParquetFile(stream, metadata=self._footers[file], pre_buffer=True)
-                return parquet.read_row_group(group, columns)
+                part = _Part(stream, *_extent(footer.row_group(group), columns))
+            # No threads of Arrow: one that still holds a Python object while the program ends aborts it.
+            parquet = pq.ParquetFile(part, metadata=footer, pre_buffer=False)
+            return parquet.read_row_group(group, columns, use_threads=False)
         except Exception as error:
             raise self._failure(error, self._paths[file]) from error
 
@@ -218,6 +224,51 @@ class ParquetRows:
             reason = str(error).partition("\n")[0]
             return EvaluationError(f"{self._repository.name}/{path}: not a Parquet file, or a damaged one ({reason})")
         return EvaluationError(self._repository.explain(error))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file in memory, where it lies in the file."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self._start, self._position = start, 0
+        file.seek(start)
+        pieces = []
+        while missing := end - file.tell():
+            pieces.append(file.read(min(missing, _PIECE)))
+            if not pieces[-1]:
+                raise pa.ArrowInvalid(f"ends {missing} bytes early")
+        self._content = memoryview(b"".join(pieces))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = (0, self._position, self._start + len(self._content))[whence]
+        self._position = origin + offset
+        return self._position
+
+    def read(self, size: int = -1) -> memoryview:
+        begin = self._position - self._start
+        found = self._content[begin : None if size < 0 else begin + size]
+        self._position += len(found)
+        return found
+
+
+def _extent(group: pq.RowGroupMetaData, columns: list[str] | None) -> tuple[int, int]:
+    """Where the columns of a row group begin and end in their file; they lie one after the other."""
+    extents = []
+    for chunk in map(group.column, range(group.num_columns)):
+        if columns is None or chunk.path_in_schema.partition(".")[0] in columns:
+            offsets = chunk.data_page_offset, chunk.dictionary_page_offset
+            start = min(offset for offset in offsets if offset)
+            extents.append((start, start + chunk.total_compressed_size))
+    return min(start for start, _ in extents), max(end for _, end in extents)
 
 
 def _read_text(repository: Repository, path: str) -> str:

@@ -128,7 +128,7 @@ def _local(path: Path, dataset: HubDataset | None) -> Source:
     if dataset and dataset.repo and (dataset.config or "default") not in splits:
         inside = (path / dataset.repo, path / Path(dataset.repo).name)
         if copy := next((directory for directory in inside if directory.is_dir()), None):
-            return _local(copy, dataclasses.replace(dataset, repo=None), columns)
+            return _local(copy, dataclasses.replace(dataset, repo=None))
     if not splits:
         named = [path / f"{dataset.config}{suffix}" for suffix in (".jsonl", ".csv", "")] if dataset else []
         path = next((part for part in named if part.exists()), path)
