@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_serving(serve)
     serve.set_defaults(command=_serve)
 
+    evaluate = commands.add_parser("eval", help="measure a model on datasets; goes on where an earlier run ended")
+    _add_evaluation(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    merge = commands.add_parser("eval-merge", help="score what shards of `eval` have answered, together")
+    merge.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what --out of each shard was")
+    merge.set_defaults(command=_merge)
+    for command in (evaluate, merge):
+        command.add_argument(
+            "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="to write (%(default)s)"
+        )
+        command.add_argument(
+            "--data",
+            metavar="X",
+            help="where the rows are: a directory or file, or owner/name[:config[:split]] on the hub",
+        )
+
     demo = commands.add_parser("demo", help="let the small bundled model hear, read and answer; downloads nothing")
     demo.set_defaults(command=_demo, revision=None)
 
@@ -110,23 +128,24 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="M", help="directory, hub id, description (.toml); phi4mm and nano are shipped")
     info.set_defaults(command=_info)
 
-    for command in (generate, chat, serve):
+    for command in (generate, chat, serve, evaluate):
         command.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=_MODEL_HELP)
     for command in (generate, chat):
         command.add_argument("--system", metavar="S", help="system message")
         _add_sampling(command)
-    for command in (generate, chat, serve, quantize, demo):
+    for command in (generate, chat, serve, evaluate, quantize, demo):
         command.add_argument("--dtype", metavar="D", help="of the weights: bfloat16, float16 or float32")
         command.add_argument("--quantize", metavar="Q", help="weights in few bits: int8, w8a8, fp8 or int4")
         command.add_argument("--quiet", action="store_true", help="show no progress of loading on standard error")
     quantize.set_defaults(quantize="int8")
-    for command in (generate, chat, serve, quantize, info):
+    for command in (generate, chat, serve, evaluate, quantize, info):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
-    for command in (generate, chat, serve, quantize, demo, info):
+    for command in (generate, chat, serve, evaluate, quantize, demo, info):
         command.add_argument("--config", default="auto", metavar="P", help="preset name or TOML file (%(default)s)")
         command.add_argument(
             "--set", action="append", default=[], metavar="K=V", help="change a setting, such as engine.max_batch=8"
         )
+    for command in (generate, chat, serve, evaluate, merge, quantize, demo, info):
         command.add_argument("--verbose", action="store_true", help="log what is chosen, loaded and compiled")
     return parser
 
@@ -182,6 +201,28 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-warm-up", action="store_false", dest="warm_up", help="compile when requests come")
 
 
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="name, or a JSONL, CSV or folder of your own")
+    parser.add_argument("--list", action="store_true", help="show all tasks with their datasets and published scores")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each dataset")
+    parser.add_argument(
+        "--batch", type=_batch, default="auto", metavar="N", help="rows answered together; auto: what memory holds"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="only the I-th of N equal parts; see eval-merge")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode media (one per processor)")
+    group = parser.add_argument_group("of your own rows")
+    group.add_argument("--metric", metavar="NAME", help="such as exact, wer, anls; wer for recordings with texts")
+    group.add_argument("--prompt", metavar="TEXT", help="asked of each row, with its columns in braces")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer (128)")
+
+
+def _batch(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto or a number") from None
+
+
 def _token_bias(text: str) -> tuple[int, float]:
     token, equals, value = text.partition("=")
     try:
@@ -204,15 +245,13 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _load(args: argparse.Namespace) -> Phi4MM:
     from phi4mm_jax import Phi4MM
 
-    return Phi4MM.from_pretrained(
-        args.model,
-        revision=args.revision,
-        config=args.config,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        progress=not args.quiet,
-        **parse_settings(args.set),
-    )
+    return Phi4MM.from_pretrained(args.model, **_loading(args))
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    given = {name: getattr(args, name) for name in ("revision", "config", "dtype", "quantize")}
+    return {**given, "progress": not args.quiet, **parse_settings(args.set)}
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -259,12 +298,52 @@ def _serve(args: argparse.Namespace) -> None:
     allowed = {f.name: getattr(args, f.name) for f in dataclasses.fields(MediaLimits) if f.name in args}
     media = dataclasses.replace(ServerSettings().media, **allowed, local_files="directory" in args)
     settings = ServerSettings(**{"api_key": os.environ.get("PHI4MM_API_KEY", ""), **given}, media=media)
-    try:
+    with _extra("serve"):
         from phi4mm_jax.serving.process import bind, serve
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"serve: {error.name} is missing; pip install 'phi4mm-jax[serve]'") from None
     with bind(settings) as listener:
         serve(_load(args), settings, listener, args.verbose)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    with _extra("eval"):
+        from phi4mm_jax.evaluation.run import evaluate
+        from phi4mm_jax.evaluation.tables import markdown
+        from phi4mm_jax.evaluation.tasks.catalogue import find
+        from phi4mm_jax.evaluation.tasks.listing import listing
+    if args.list:
+        print(listing())
+        return
+    if not args.tasks:
+        raise ConfigError("TASK: name at least one; --list shows them all")
+    own = {"metric": args.metric, "prompt": args.prompt, "max_tokens": args.max_tokens}
+    results = evaluate(
+        [find(name, **own) for name in args.tasks],
+        args.model,
+        limit=args.limit,
+        data=args.data,
+        out=args.out,
+        batch=args.batch,
+        shard=args.shard,
+        workers=args.workers,
+        **_loading(args),
+    )
+    print(markdown(results), end="")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    with _extra("eval"):
+        from phi4mm_jax.evaluation.gathering import merge
+        from phi4mm_jax.evaluation.tables import markdown
+    print(markdown(merge(args.directories, args.out, args.data)), end="")
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Within it, a package that is missing is an error of the user's that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing; pip install 'phi4mm-jax[{name}]'") from None
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ from phi4mm_jax.answer import Answer, Output, Piece
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.runtime.buckets import round_up
-from phi4mm_jax.runtime.engine import Counts, Engine
+from phi4mm_jax.runtime.counts import Counts
+from phi4mm_jax.runtime.engine import Engine
 from phi4mm_jax.runtime.limits import answer_limit, cache_length
 from phi4mm_jax.runtime.memory import MemoryPlan, MemoryPlanError, available_memory, plan_memory
 from phi4mm_jax.runtime.rows import Constraint
@@ -68,7 +69,7 @@ class Load:
     used: int
     """Positions that running requests fill."""
     counts: Counts
-    """What the cache has saved so far."""
+    """What it has done so far."""
 
 
 class Service:

@@ -41,8 +41,8 @@ RULES: dict[str, set[str]] = {
         *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
     },
     "phi4mm_jax.evaluation": {
-        *("grain", "huggingface_hub", "jax", "jinja2", "jiwer", "matplotlib", "num2words", "numpy", "PIL", "pyarrow"),
-        *("rapidfuzz", "rouge_score", "sacrebleu", "soundfile", "tqdm", "whisper_normalizer", "yaml"),
+        *("filelock", "fsspec", "grain", "huggingface_hub", "jax", "jinja2", "jiwer", "num2words", "numpy", "PIL"),
+        *("pyarrow", "rapidfuzz", "rouge_score", "sacrebleu", "soundfile", "tqdm", "whisper_normalizer", "yaml"),
         *("phi4mm_jax.config", "phi4mm_jax.processing", "phi4mm_jax.runtime"),
         *("phi4mm_jax.answer", "phi4mm_jax.api", "phi4mm_jax.service"),
     },

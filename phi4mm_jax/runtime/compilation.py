@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,7 @@ SLOW_SECONDS = 1.0
 """Compilations that take this long are logged."""
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
 def set_up_compilation() -> None:
@@ -46,14 +48,30 @@ def _log_slow_compilations() -> None:
 
 
 class CompileCount:
-    """Number of the compilations seen so far, cache hits included."""
+    """The compilations seen so far, cache hits included: their number, and the seconds that they and lowering took."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.seconds = 0.0
 
     def __call__(self, event: str, duration: float, **_: Any) -> None:
         """Listens to JAX."""
         self.count += event == _COMPILED
+        if event in (_COMPILED, _LOWERED):
+            self.seconds += duration
+
+
+@cache
+def _of_this_process() -> CompileCount:
+    log = CompileCount()
+    jax.monitoring.register_event_duration_secs_listener(log)
+    return log
+
+
+def clock() -> float:
+    """Seconds on a clock that stands still while programs are compiled, or fetched from the cache."""
+    compiled = _of_this_process().seconds
+    return time.perf_counter() - compiled
 
 
 @contextmanager

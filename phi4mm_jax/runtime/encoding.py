@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -67,6 +67,8 @@ class EncoderCall:
     """Returns embeddings [M, D]."""
     targets: Sequence[tuple[Encoding, np.ndarray]]
     """What it is for, and [N] int32 the row that each token takes, -1 for none."""
+    work: Mapping[str, int]
+    """What it adds to the `Counts`."""
 
     def run(self, weights: Weights) -> jax.Array:
         """Makes the call and hands the embeddings to what they are for."""
@@ -171,7 +173,8 @@ def _image_calls(steps: Steps, images: Sequence[tuple[ImageFeatures, Encoding]])
                 targets.append((encoding, rows))
         part = slice(start, start + count)
         arguments = crops[part], masks[part], positions[part]
-        yield EncoderCall(lambda weights, a=arguments: steps.encode_images(weights.vision, *a), targets)
+        work = {"crops": count, "patches": int(masks[part].sum()), "patches_computed": masks[part].size}
+        yield EncoderCall(lambda weights, a=arguments: steps.encode_images(weights.vision, *a), targets, work)
 
 
 # --- speech --------------------------------------------------------------------------------------------------
@@ -239,4 +242,6 @@ def _audio_call(steps: Steps, windows: Sequence[_Window], bucket: int) -> Encode
         np.array(num_keys, np.int32),
         np.array(with_image),
     )
-    return EncoderCall(lambda weights: steps.encode_audio(weights.audio, *arguments), targets)
+    own = (min(len(w.clip.features.features) - w.first * audio.time_reduction, bucket) for w in windows)
+    work = {"audio_frames": sum(own), "audio_frames_computed": len(windows) * bucket}
+    return EncoderCall(lambda weights: steps.encode_audio(weights.audio, *arguments), targets, work)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.processing.prompt import Prompt
+from phi4mm_jax.runtime.counts import Counts, Meter
 from phi4mm_jax.runtime.encoding import EncoderCall, EncodingCache, Medium, media_of, plan_encoding
 from phi4mm_jax.runtime.limits import RequestError, answer_limit, cache_length
 from phi4mm_jax.runtime.prefill import PrefillRow, adapter_for, next_call, run_prefill
@@ -32,20 +33,7 @@ class _Pending:
 
     drawn: Drawn
     rows: list[tuple[int, Row]]  # (row of `drawn`, request)
-
-
-@dataclasses.dataclass
-class Counts:
-    """What an engine has done since it began."""
-
-    prompt_tokens: int = 0
-    """Tokens of the prompts that were admitted."""
-    cached_tokens: int = 0
-    """Those of them that the cache held."""
-    media: int = 0
-    """Pictures and recordings of these prompts."""
-    cached_media: int = 0
-    """Those whose embeddings were at hand."""
+    decodes: bool  # and not the first tokens after a prefill
 
 
 class Engine:
@@ -55,6 +43,7 @@ class Engine:
         self._steps, self._weights = steps, weights
         self.batch, self.length = batch, length
         self.counts = counts or Counts()
+        self._meter = Meter(self.counts)
         self._state = steps.new_state(batch, length)
         self._waiting: deque[Row] = deque()
         self._slots: list[Row | None] = [None] * batch
@@ -65,7 +54,6 @@ class Engine:
         self._prefills_next = True  # where media and prompts take turns
         self._encodings = EncodingCache(_cached_tokens(steps))
         self._pending: deque[_Pending] = deque()
-        self._in_flight: deque[jax.Array] = deque()  # results of calls that the host has not waited for
         self._ids = itertools.count()
         # Both only widen while there is work: a row that ends must not cause another compilation.
         self._adapters: set[str] = set()
@@ -165,8 +153,7 @@ class Engine:
         if max_calls is not None and decoding:  # two tokens for each row that waits are no longer than its own step
             longest = max(self._steps.runtime.engine.stream_chunk, 2 * decoding)
         for _ in itertools.islice(self._work(max_calls is not None, longest), max_calls):
-            while len(self._in_flight) > 1:  # the host stays near, so that a request can end before its prefill does
-                self._in_flight.popleft().block_until_ready()
+            self._meter.wait(leave=1)  # the host stays near, so that a request can end before its prefill does
         in_flight = self._dispatch(max_steps)
         events = []
         while len(self._pending) > in_flight:
@@ -260,7 +247,9 @@ class Engine:
         while True:
             ready = [row for row in self._rows if not row.decoding and row.is_encoded]
             if self._encoder_calls and not (ready and is_hurried and self._prefills_next):
-                self._in_flight.append(self._encoder_calls.popleft().run(self._weights))
+                call = self._encoder_calls.popleft()
+                self._meter.made("encode", call.run(self._weights))
+                self.counts.add(call.work)
                 self._prefills_next = True
             elif ready:
                 self._prefill(ready, longest)
@@ -278,7 +267,9 @@ class Engine:
         call = next_call([row.work for row in rows], engine, self.length - 1, longest)
         caches, _, hidden = run_prefill(self._steps, self._weights, self._state.caches, call)
         self._state = dataclasses.replace(self._state, caches=caches)
-        self._in_flight.append(hidden)
+        self._meter.made("prefill", hidden)
+        self.counts.prefill_tokens += call.real_tokens
+        self.counts.prefill_computed += len(call.rows) * call.size
         if call.final:
             drawing = [of_work[slot] for slot in call.slots[: call.count].tolist()]
             slots = np.where(np.arange(len(call.rows)) < call.count, call.slots, self.batch).astype(np.int32)
@@ -295,7 +286,7 @@ class Engine:
                 allowed=allowed,
                 history=self._history(call.rows),
             )
-            self._pending.append(_Pending(drawn, list(enumerate(drawing))))
+            self._pending.append(_Pending(drawn, list(enumerate(drawing)), decodes=False))
             for row in drawing:
                 row.work, row.decoding, row.unread = None, True, True
                 if row.use_long:  # it will not be run again
@@ -341,10 +332,11 @@ class Engine:
         self._state, drawn = self._steps.decode(
             self._weights.text, self._state, keep, steps, adapters, kind=self._kind, allowed=allowed
         )
+        self._meter.made("decode", drawn.tokens)
         drawing = [row for row in rows if steps[row.slot]]
         for row in drawing:
             row.unread = True
-        self._pending.append(_Pending(drawn, [(row.slot, row) for row in drawing]))
+        self._pending.append(_Pending(drawn, [(row.slot, row) for row in drawing], decodes=True))
         return 1
 
     def _allowed(self, rows: Sequence[Row | None]) -> np.ndarray | None:
@@ -360,8 +352,11 @@ class Engine:
 
     def _collect(self, pending: _Pending) -> list[Event]:
         """Waits for a dispatch and turns its tokens into events."""
+        self._meter.wait_for(pending.drawn.tokens)
         drawn = jax.device_get(pending.drawn)
         received, events = time.perf_counter(), []
+        if pending.decodes:
+            self.counts.decode_computed += len(drawn.tokens) * int(np.any(drawn.tokens >= 0, axis=0).sum())
         for i, row in pending.rows:
             row.unread = False
             columns = np.flatnonzero(drawn.tokens[i] >= 0)
@@ -370,6 +365,7 @@ class Engine:
             tokens = drawn.tokens[i, columns].tolist()
             row.keys[len(row.prompt.token_ids) + len(row.tokens) :][: len(tokens)] = tokens
             row.tokens += tokens
+            self.counts.decode_tokens += len(tokens) * pending.decodes
             reason = None
             if tokens[-1] in row.stop_ids:
                 reason = "stop"

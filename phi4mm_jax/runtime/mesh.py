@@ -14,12 +14,12 @@ RULES = {"vocab": "model", "heads": "model", "mlp": "model", "kv_heads": "model"
 
 
 def create_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Arranges the first data x model devices.
+    """Arranges the first data x model devices of this process.
 
     Raises:
       ConfigError: there are fewer devices than the mesh asks for.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.local_devices() if devices is None else devices
     count = config.data * config.model
     if count > len(devices):
         raise ConfigError(

@@ -90,6 +90,11 @@ class PrefillCall:
         """[R] bool."""
         return np.array([row.use_long for row in self.rows])
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(np.minimum(self.lengths - self.starts, self.size)[: self.count].sum())
+
 
 def next_call(rows: Sequence[PrefillRow], engine: EngineConfig, room: int, longest: int | None = None) -> PrefillCall:
     """Cuts the next chunk of the first row, and of further rows up to `prefill_rows` whose next is of the same length.

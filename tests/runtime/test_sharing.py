@@ -59,7 +59,7 @@ def test_the_next_turn_of_a_conversation(fresh, answer, alone):
     said, _ = answer(first)
     second = joined(first.token_ids, said, text(1, 5))
     assert answer(second) == (alone(second), 37)  # all that was said but the last token, which was never run
-    assert dataclasses.astuple(fresh.counts) == (30 + 43, 37, 0, 0)
+    assert dataclasses.astuple(fresh.counts)[:4] == (30 + 43, 37, 0, 0)
 
 
 def test_a_common_beginning_is_copied_and_both_stay(answer, alone):
@@ -119,7 +119,7 @@ def test_the_same_media_in_another_question(fresh, answer, alone, prompts, name)
     assert tokens == alone(second)
     assert cached == len(prompts[name].token_ids)
     media = len(first.images) + len(first.audios)
-    assert dataclasses.astuple(fresh.counts)[2:] == (2 * media, media)
+    assert dataclasses.astuple(fresh.counts)[2:4] == (2 * media, media)
 
 
 def test_the_same_picture_elsewhere_is_not_encoded_again(fresh, answer, alone, prompts, steps, monkeypatch):

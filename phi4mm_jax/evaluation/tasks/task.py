@@ -15,14 +15,28 @@ from phi4mm_jax.evaluation.items import EvaluationError, Item, Row
 class HubDataset:
     """A split of a dataset on the hub, in Parquet."""
 
-    repo: str
-    """Such as "lmms-lab/DocVQA"."""
+    repo: str | None
+    """Such as "lmms-lab/DocVQA"; None for one that the hub does not have, whose rows are always given."""
     config: str | None = None
     """Its configuration; None for the only one."""
     split: str = "test"
     """Which part of it."""
     revision: str | None = None
     """Branch, tag or commit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JoinedDataset:
+    """Rows of a dataset, each with columns of its counterpart in another; those without a counterpart are left out."""
+
+    rows: HubDataset
+    """Whose rows they are, all of them in their order: several may have the same counterpart."""
+    counterparts: HubDataset
+    """Where the other columns are; of rows with the same key the first counts."""
+    key: str = "id"
+    """Column by which rows belong together."""
+    columns: Mapping[str, str]
+    """Columns of the counterpart, by the names that they get."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,10 @@ class Published:
     """Who, and on what, where it differs from this task."""
 
 
+REPORT = "technical report, second-hand"
+"""Source of scores of the released model's report that are known from what others wrote about it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What `phi4mm eval NAME` runs."""
@@ -61,7 +79,7 @@ class Task:
     """Lower case; a part of a suite has the suite's name before a slash."""
     title: str
     """As papers write it."""
-    source: HubDataset | Path
+    source: HubDataset | JoinedDataset | Path
     """Its rows: on the hub, or a local directory, JSONL or CSV."""
     columns: Columns = Columns()
     """Where a row has what."""
@@ -69,8 +87,10 @@ class Task:
     """Text of the user, with columns in braces; `{{` is a brace."""
     max_tokens: int = 128
     """Of an answer."""
+    ignore_eos: bool = False
+    """Whether every answer has as many tokens, whatever it says: to measure speed."""
     metric: str
-    """By name, see `metrics.metric`."""
+    """By name, see `metrics.registry`."""
     prepare: Callable[[Row], Iterable[Row]] | None = None
     """Turns a raw row into one or several; for what `columns` cannot say."""
     published: Published | None = None
@@ -89,7 +109,10 @@ class Task:
         Raises:
           EvaluationError: the row lacks what the task needs; the message names the column.
         """
-        rows = list(self.prepare(row)) if self.prepare else [row]
+        try:
+            rows = list(self.prepare(row)) if self.prepare else [row]
+        except KeyError as error:
+            raise EvaluationError(f"{self.name}: row {number} has no column {error}") from None
         ids = [str(number)] if len(rows) == 1 else [f"{number}.{i}" for i in range(len(rows))]
         return [self._item(id, row, directory) for id, row in zip(ids, rows, strict=True)]
 
@@ -103,6 +126,8 @@ class Task:
             prompt = self.prompt.format_map(row)
         except KeyError as error:
             raise EvaluationError(f"{self.name}: row {id} has no column {error}, which the prompt shows") from None
+        if missing := [column for column in columns.facts if column not in row]:
+            raise EvaluationError(f"{self.name}: row {id} has no column {missing[0]!r}, which the metric needs")
         facts = {column: row[column] for column in columns.facts}
         subset = _first(row, columns.subset)
         if subset is not None:

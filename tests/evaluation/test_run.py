@@ -1,0 +1,210 @@
+"""Whole evaluations of the bundled model: right scores, and the same results however the run was cut."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jiwer
+import pytest
+import sacrebleu
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from phi4mm_jax.evaluation.gathering import merge
+from phi4mm_jax.evaluation.items import EvaluationError
+from phi4mm_jax.evaluation.run import evaluate
+from phi4mm_jax.evaluation.tasks.custom import custom
+
+DIFFERS = {"session", "elapsed", "seconds"}
+"""What of an answered item depends on the run."""
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answered(out, task):
+    """Items by id, of all shards; none may be there twice."""
+    found = [item for path in sorted((out / task.replace("/", "__")).glob("items-*.jsonl")) for item in lines(path)]
+    assert len(found) == len({item["id"] for item in found})
+    return {item["id"]: {k: v for k, v in item.items() if k not in DIFFERS} for item in found}
+
+
+def without_the_run(summary):
+    return {k: v for k, v in summary.items() if k not in ("speed", "hardware", "settings")}
+
+
+def distance(a, b):
+    """Levenshtein's, by its definition."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def anls(prediction, references):
+    best = max(1 - distance(r.lower(), prediction.lower()) / max(len(r), len(prediction), 1) for r in references)
+    return best if best >= 0.5 else 0.0
+
+
+def rate(items):
+    normalize = EnglishTextNormalizer()
+    return 100 * jiwer.wer([normalize(i["references"][0]) for i in items], [normalize(i["prediction"]) for i in items])
+
+
+def share(right):
+    return lambda items: 100 * sum(map(right, items)) / len(items)
+
+
+def translated(items):
+    after = [item["prediction"].split("<sep>")[-1].strip() for item in items]
+    return sacrebleu.corpus_bleu(after, [[item["references"][0] for item in items]]).score
+
+
+SCORES = {
+    "nano/text": share(lambda i: i["prediction"] == i["references"][0]),
+    "nano/asr": rate,
+    "nano/translation": translated,
+    "nano/reading": share(lambda i: anls(i["prediction"], i["references"])),
+    "nano/ocr": share(lambda i: any(r in i["prediction"] for r in i["references"])),
+    "nano/choice": share(lambda i: i["facts"]["options"][i["references"][0]] in i["prediction"]),
+    "nano/figures": share(lambda i: i["prediction"] == i["references"][0]),
+    "nano/pairs": share(lambda i: i["prediction"] == i["references"][0]),
+    "nano/spoken": share(lambda i: i["prediction"] == i["references"][0]),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(nano, sets, tmp_path_factory):
+    """Everything, in one go: where it was written, and the results."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, {found.name: found for found in evaluate("nano", nano, data=sets, out=out, progress=False)}
+
+
+def test_every_kind_of_task_is_scored_as_by_hand(whole):
+    out, results = whole
+    assert results.keys() == SCORES.keys()
+    for name, found in results.items():
+        assert found.score == pytest.approx(SCORES[name](list(answered(out, name).values()))), name
+        saved = json.loads((out / name.replace("/", "__") / "results.json").read_text())
+        assert saved["score"] == found.score
+        assert saved["counts"]["items"] == len(answered(out, name)) and not saved["counts"]["errors"]
+    assert results["nano/text"].score > 90 and results["nano/asr"].score < 50  # it does hear and answer
+
+
+def test_answers_are_those_of_the_model(whole, nano, sets):
+    """Alone, in no batch."""
+    out, _ = whole
+    rows = custom(sets / "custom" / "questions.jsonl")
+    found = evaluate(rows, nano, limit=3, out=out / "own", progress=False)[0]
+    for item, line in zip(found.answered, lines(sets / "custom" / "questions.jsonl"), strict=False):
+        assert item.prediction == nano.generate([{"role": "user", "content": line["prompt"]}], max_tokens=128).text
+
+
+def test_speed_adds_up(whole):
+    for found in whole[1].values():
+        speed = found.speed
+        assert speed.seconds > 0 and sum(speed.stages.values()) == pytest.approx(speed.seconds, rel=0.05)
+        assert all(0 <= padding < 1 for padding in speed.padding.values())
+    assert whole[1]["nano/asr"].speed.rtfx and not whole[1]["nano/text"].speed.rtfx
+
+
+def test_again_asks_nothing(whole, nano, sets):
+    out, results = whole
+    before = (out / "nano__asr" / "items-1-of-1.jsonl").read_bytes()
+    [again] = evaluate("nano/asr", nano, data=sets, out=out, progress=False)
+    assert again.score == results["nano/asr"].score
+    assert (out / "nano__asr" / "items-1-of-1.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused(whole, nano, sets):
+    with pytest.raises(EvaluationError, match="nano__asr: was begun with limit = None, not 3; go on with that, or"):
+        evaluate("nano/asr", nano, data=sets, out=whole[0], limit=3, progress=False)
+
+
+def test_two_shards_merged_are_one_run(whole, nano, sets, tmp_path):
+    out, results = whole
+    for shard in ("1/2", "2/2"):
+        evaluate(["nano/reading", "nano/spoken"], nano, data=sets, out=tmp_path / shard[0], shard=shard, progress=False)
+    merged = {found.name: found for found in merge([tmp_path / "1", tmp_path / "2"], tmp_path / "both", data=sets)}
+    for name in ("nano/reading", "nano/spoken"):
+        parts = answered(tmp_path / "1", name), answered(tmp_path / "2", name)
+        assert not parts[0].keys() & parts[1].keys()
+        assert parts[0] | parts[1] == answered(out, name)
+        assert without_the_run(merged[name].summary()) == without_the_run(results[name].summary())
+    with pytest.raises(EvaluationError, match="shard 2 of 2 is missing"):
+        merge([tmp_path / "1"], tmp_path / "both")
+
+
+def test_bad_items_are_counted_and_not_fatal(nano, sets, tmp_path):
+    good = lines(sets / "custom" / "recordings.jsonl")[:2]
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    rows = [good[0], {**good[0], "audio_filepath": "broken.wav"}, {**good[0], "audio_filepath": "none.wav"}, good[1]]
+    for row in (rows[0], rows[3]):
+        row["audio_filepath"] = str(sets / "custom" / row["audio_filepath"])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = evaluate(tmp_path / "rows.jsonl", nano, out=tmp_path / "out", progress=False)
+    assert (found.counts.items, found.counts.answered, found.counts.errors) == (4, 2, 2)
+    items = answered(tmp_path / "out", "rows")
+    assert "broken.wav" in items["1"]["error"] and "none.wav" in items["2"]["error"]
+    assert found.score == pytest.approx(rate(list(items.values())))  # they count as empty answers
+    assert "none.wav" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": "docvqaa"}, "no task 'docvqaa'.*docvqa"),
+        ({"tasks": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"batch": 0}, "batch = 0: expected 'auto' or at least 1"),
+        ({"limit": 0}, "limit 0: expected at least 1"),
+        ({"shard": "3/2"}, "shard 3/2: expected I/N with I from 1 to N"),
+        ({"shard": "half"}, "shard 'half': expected I/N"),
+        ({"data": "/no/such/place"}, "/no/such/place: no such file or directory"),
+        ({"tasks": "s-vision-speech/ai2d", "data": None}, "the hub has no such rows; name yours with --data"),
+    ],
+)
+def test_wrong_arguments(sets, tmp_path, arguments, message):
+    """Before a model is loaded: there is none of this name."""
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(**({"tasks": "nano/text", "model": "/no/model", "data": sets, "out": tmp_path} | arguments))
+
+
+def program(sets, out, *more):
+    return [sys.executable, "-m", "phi4mm_jax.cli", "eval", "nano/text", "nano/asr", "nano/reading", "--model", "nano",
+            "--dtype", "float32", "--quiet", "--data", str(sets), "--out", str(out), *more]  # fmt: skip
+
+
+def kill_and_go_on(sets, out, times, draw):
+    """Kills the program so many times, each at some moment after it has begun to answer, then lets it end."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    killed = 0
+    while killed < times:
+        process = subprocess.Popen(program(sets, out), env=environment, stdout=subprocess.DEVNULL)
+        begun = sum(path.stat().st_size for path in out.glob("*/items-*"))
+        while process.poll() is None and sum(path.stat().st_size for path in out.glob("*/items-*")) == begun:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            return killed
+        killed += 1
+    subprocess.run(program(sets, out), env=environment, stdout=subprocess.DEVNULL, check=True)
+    return killed
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_an_undisturbed_run(whole, sets, tmp_path, times):
+    out, results = whole
+    assert kill_and_go_on(sets, tmp_path, times, random.Random(times)) >= 1
+    for name in ("nano/text", "nano/asr", "nano/reading"):
+        assert answered(tmp_path, name) == answered(out, name)
+        saved, expected = (
+            json.loads((path / name.replace("/", "__") / "results.json").read_text()) for path in (tmp_path, out)
+        )
+        assert without_the_run(saved) == without_the_run(expected)
