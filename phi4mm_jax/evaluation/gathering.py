@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from phi4mm_jax.evaluation.sources import Source, open_source
 from phi4mm_jax.evaluation.store import read_shards, task_directory
 from phi4mm_jax.evaluation.tables import markdown
 from phi4mm_jax.evaluation.tasks.catalogue import CATALOGUE, named
+from phi4mm_jax.evaluation.tasks.custom import custom
 from phi4mm_jax.evaluation.tasks.suite import Suite, tasks_of
 from phi4mm_jax.evaluation.tasks.task import Task
 
@@ -100,10 +102,12 @@ def write(results: Sequence[Results], asked: Mapping[str, tuple[Task, Source]], 
 
 
 def _task(shard: Shard) -> Task:
-    """What a shard was asked: a task that is known by name, or what scoring needs of one's own."""
+    """What a shard was asked: a task that is known by name, or one's own, with its rows if they are at hand."""
     settings = shard.settings
     known = named(settings["task"])
     if isinstance(known, Task):
         return known
     own = {name: settings[name] for name in ("prompt", "max_tokens", "metric")}
+    with contextlib.suppress(EvaluationError):
+        return dataclasses.replace(custom(shard.dataset, **own), name=settings["task"])
     return Task(name=settings["task"], title=settings["task"], source=Path(shard.dataset), **own)
