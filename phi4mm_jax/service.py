@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import logging
 import queue
 import threading
@@ -288,8 +289,9 @@ class Service:
             self._engine = Engine(self._steps, self._weights, *shape, self._counts)
 
     def _plan(self, rows: int, length: int) -> MemoryPlan:
-        media = sum(m.num_tokens for r in self._backlog for m in (*r.prompt.images, *r.prompt.audios))
-        return plan_memory(self._steps, rows, length, media)
+        fitting = (r.prompt for r in self._backlog if len(r.prompt.token_ids) <= length)
+        media = (sum(m.num_tokens for m in (*prompt.images, *prompt.audios)) for prompt in fitting)
+        return plan_memory(self._steps, rows, length, sum(heapq.nlargest(rows, media)))
 
     def _lack(self, rows: int, length: int, freed: int = 0) -> MemoryPlanError | None:
         """What is missing for a cache once so many bytes have been freed; None if there is enough."""

@@ -105,9 +105,9 @@ def _task(shard: Shard) -> Task:
     """What a shard was asked: a task that is known by name, or one's own, with its rows if they are at hand."""
     settings = shard.settings
     known = named(settings["task"])
-    if isinstance(known, Task):
-        return known
     own = {name: settings[name] for name in ("prompt", "max_tokens", "metric")}
+    if isinstance(known, Task) and all(getattr(known, name) == value for name, value in own.items()):
+        return known  # and not a file of one's own that is called like it
     with contextlib.suppress(EvaluationError):
         return dataclasses.replace(custom(shard.dataset, **own), name=settings["task"])
     return Task(name=settings["task"], title=settings["task"], source=Path(shard.dataset), **own)

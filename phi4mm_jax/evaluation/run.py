@@ -80,7 +80,11 @@ def evaluate(
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
         raise EvaluationError(f"batch = {batch!r}: expected 'auto' or at least 1")
     part = parse_shard(shard) if shard is not None else None
-    planned = {task.name: task for entry in entries for task in tasks_of(entry)}.values()
+    if workers is not None and workers < 1:
+        raise EvaluationError(f"workers = {workers}: expected at least 1")
+    if loading and isinstance(model, Phi4MM):
+        raise EvaluationError(f"{', '.join(loading)}: only for a model by name; this one is loaded")
+    planned = _by_name([task for entry in entries for task in tasks_of(entry)]).values()
     sources = {task.name: open_source(task.source, data) for task in planned}
     for task in planned:
         _check(task, sources[task.name], limit, part or (1, 1))
@@ -122,9 +126,12 @@ def evaluate(
     if shard is None:
         for task in planned:
             wait_for_all(task_directory(out, task.name), part[1])
-    shards = {task.name: read_shards(task_directory(out, task.name)) for task in planned}
+    shards = {  # what other runs have left there is no part of this one
+        task.name: [found for found in read_shards(task_directory(out, task.name)) if found.of == part[1]]
+        for task in planned
+    }
     if shard is not None:
-        own = {name: [found for found in all_ if (found.number, found.of) == part] for name, all_ in shards.items()}
+        own = {name: [found for found in parts if found.number == part[0]] for name, parts in shards.items()}
         return score(entries, own)
     for parts in shards.values():
         check_shards(parts)
@@ -136,6 +143,23 @@ def evaluate(
 
 def _entry(asked: Asked) -> Task | Suite:
     return asked if isinstance(asked, (Task, Suite)) else find(str(asked))
+
+
+def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Tasks, each once.
+
+    Raises:
+      EvaluationError: two differ but for their name; they would share their files.
+    """
+    named: dict[str, Task] = {}
+    for task in tasks:
+        first = named.setdefault(task.name, task)
+        if dataclasses.replace(first, prepare=None) != dataclasses.replace(task, prepare=None):  # made anew each time
+            raise EvaluationError(
+                f"{task.name}: the name of two tasks, of {first.source} and of {task.source}; run them one by one, "
+                "each with its own --out"
+            )
+    return named
 
 
 def _check(task: Task, source: Source, limit: int | None, part: tuple[int, int]) -> None:

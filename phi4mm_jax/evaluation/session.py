@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from phi4mm_jax.answer import Output, Piece
-from phi4mm_jax.evaluation.items import Answered
+from phi4mm_jax.evaluation.items import Answered, EvaluationError, Item
 from phi4mm_jax.evaluation.metrics.metric import Metric
 from phi4mm_jax.evaluation.pipeline import Prepared
 from phi4mm_jax.evaluation.progress import Progress
@@ -25,6 +25,9 @@ from phi4mm_jax.runtime.memory import MemoryPlanError
 from phi4mm_jax.runtime.sampling import SamplingParams
 from phi4mm_jax.runtime.steps import Steps, Weights
 from phi4mm_jax.service import Request, Service
+
+_MOST_BYTES = 2 << 30
+"""That the features of items which have been asked may take on the host, about."""
 
 
 class Session:
@@ -58,6 +61,8 @@ class Session:
         self._begun = clock()
         self._asked: dict[str, tuple[Prepared, Request, list[Piece]]] = {}  # by item
         self._said: queue.SimpleQueue[tuple[str, Piece | Exception]] = queue.SimpleQueue()
+        self._bytes = 0  # of their features
+        self._no_room: list[tuple[Prepared, MemoryPlanError]] = []  # since the last answer
         self._sums: np.ndarray | float = 0.0
         for answered in store.answered:
             self._add(answered)
@@ -70,6 +75,7 @@ class Session:
           loading_seconds: what the model took to load, to be noted.
 
         Raises:
+          MemoryPlanError: several items in a row, the last ones, had no room.
           Exception: whatever the model fails with that no single item is to blame for.
         """
         complete = False
@@ -98,22 +104,29 @@ class Session:
             if request is None:
                 continue
             self._asked[item.item.id] = item, request, []
+            self._bytes += item.nbytes
             if first is None:
                 self._service.submit([request])
             else:
                 first.append(request)
-                if len(first) == ahead:
+            while self._asked and (len(self._asked) >= ahead or self._bytes >= _MOST_BYTES):
+                if first:
                     self._service.submit(first)
                     first = None
-            while len(self._asked) >= ahead and first is None:
                 self._listen(wait=True)
         if first:
             self._service.submit(first)
         while self._asked:
             self._listen(wait=True)
+        if self._no_room:  # and nothing has been answered since
+            raise self._no_room[0][1]
 
     def _request(self, item: Prepared) -> Request | None:
-        """What to ask; None for an item that cannot be asked, which is written down."""
+        """What to ask; None for an item that cannot be asked or scored, which is written down."""
+        try:
+            self._metric.measure("", item.item.references, item.item.facts)
+        except EvaluationError as error:
+            item = Prepared(item=Item(id=item.item.id, name=item.item.name), error=str(error))
         if item.prompt is not None:
             try:
                 answer_limit(self._steps, item.prompt, self._params)
@@ -131,16 +144,21 @@ class Session:
             id, said = self._said.get()
             wait = False
             item, _, pieces = self._asked[id]
-            if isinstance(said, MemoryPlanError):  # even alone it has no room
-                del self._asked[id]
-                self._write(item, error=str(said))
-            elif isinstance(said, Exception):
+            if isinstance(said, Exception) and not isinstance(said, MemoryPlanError):
                 raise said
-            else:
+            if isinstance(said, Piece):
                 pieces.append(said)
-                if said.finish_reason:
-                    del self._asked[id]
-                    self._write(item, Output.of(pieces))
+                if not said.finish_reason:
+                    continue
+            del self._asked[id]
+            self._bytes -= item.nbytes
+            if isinstance(said, MemoryPlanError):  # even alone it has no room, which may be the machine's fault
+                self._no_room.append((dataclasses.replace(item, prompt=None), said))
+                continue
+            self._write(item, Output.of(pieces))
+            for other, error in self._no_room:
+                self._write(other, error=str(error))
+            self._no_room = []
 
     def _write(self, item: Prepared, output: Output | None = None, error: str | None = None) -> None:
         known: dict[str, Any] = {}

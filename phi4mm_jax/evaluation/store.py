@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import time
@@ -23,6 +24,8 @@ from phi4mm_jax.evaluation.items import Answered, EvaluationError
 from phi4mm_jax.evaluation.results import replace_text
 from phi4mm_jax.evaluation.shards import Shard
 from phi4mm_jax.processing.display import quote
+
+logger = logging.getLogger(__name__)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -81,7 +84,7 @@ class Store:
             for path in (self._files.items, self._files.sessions):
                 _drop_cut_line(path)
             self.answered = read_items(self._files.items)
-            self._items: IO[str] = self._files.items.open("a", encoding="utf-8")
+            self._items: IO[str] = self._files.items.open("a", encoding="utf-8", errors="replace")  # lone surrogates
         except BaseException:
             self._lock.release()
             raise
@@ -99,8 +102,10 @@ class Store:
 
     def close(self) -> None:
         """Lets others write."""
-        self._items.close()
-        self._lock.release()
+        try:
+            self._items.close()  # which fails on a full disk
+        finally:
+            self._lock.release()
 
 
 def read_shards(directory: Path) -> list[Shard]:
@@ -155,7 +160,8 @@ class _Files:
         path = self.directory / f"about-{self.suffix}.json"
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
-            old, new = ({"dataset": a["dataset"], **a["settings"]} for a in (there, about))
+            as_read = json.loads(json.dumps(about))  # which turns tuples into lists
+            old, new = ({"dataset": a["dataset"], **a["settings"]} for a in (there, as_read))
             for name in sorted(old.keys() | new.keys()):
                 if old.get(name) != new.get(name):
                     raise EvaluationError(
@@ -166,8 +172,13 @@ class _Files:
 
 
 def wait_for_all(directory: Path, of: int) -> None:
-    """Waits until other processes have answered all of so many parts."""
-    while not all(_is_complete(_Files(directory, f"{number}-of-{of}")) for number in range(1, of + 1)):
+    """Waits until other processes have answered all of so many parts; logs once which ones it waits for."""
+    files = [_Files(directory, f"{number}-of-{of}") for number in range(1, of + 1)]
+    told = False
+    while missing := [part.suffix for part in files if not _is_complete(part)]:
+        if not told:
+            logger.warning("%s, which all processes must share: waiting for %s", directory, ", ".join(missing))
+            told = True
         time.sleep(1)
 
 

@@ -40,6 +40,8 @@ def custom(
       EvaluationError: there are no rows, or what they are asked or scored by is not said.
     """
     path = Path(path)
+    if max_tokens is not None and max_tokens < 1:
+        raise EvaluationError(f"max_tokens = {max_tokens}: expected at least 1")
     source = open_source(path)
     if not len(source):
         raise EvaluationError(f"{path}: holds no rows")
@@ -92,7 +94,12 @@ def _prompt(path: Path, row: Row, prompt: str | None, transcribed: bool) -> str:
 
 
 def _prepared(row: Row, metric: str) -> Iterable[Row]:
-    """A row whose options, if it has some, are by letter."""
+    """A row whose options, if it has some, are by letter; it needs no media, those that it lacks are null."""
     if row.get("metric") not in (None, metric):
         raise EvaluationError(f"a row asks for the metric {row['metric']!r}, others for {metric!r}: one task has one")
-    yield {**row, "options": by_letter(row["options"])} if row.get("options") else row
+    row = {**dict.fromkeys((*_IMAGES, *_AUDIOS)), **row}
+    if options := row.get("options"):
+        if not isinstance(options, (list, tuple)):
+            raise EvaluationError(f"options of a multiple choice are a list of texts, not {options!r}")
+        row["options"] = by_letter(options)
+    yield row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class Task:
         if references is None:
             raise EvaluationError(f"{self.name}: row {id} has none of the columns {', '.join(columns.references)}")
         try:
-            prompt = self.prompt.format_map(row)
+            prompt = self.prompt.format_map({name: value for name, value in row.items() if value is not None})
         except KeyError as error:
             raise EvaluationError(f"{self.name}: row {id} has no column {error}, which the prompt shows") from None
         if missing := [column for column in columns.facts if column not in row]:
@@ -138,26 +138,27 @@ class Task:
             id=id,
             name=id if name is None else str(name),
             prompt=prompt,
-            images=tuple(_media(row, columns.images, directory)),
-            audios=tuple(_media(row, columns.audios, directory)),
+            images=tuple(self._media(id, row, columns.images, directory)),
+            audios=tuple(self._media(id, row, columns.audios, directory)),
             references=tuple(map(str, references if isinstance(references, (list, tuple)) else [references])),
             facts=facts,
         )
 
+    def _media(self, id: str, row: Row, columns: Sequence[str], directory: Path | None) -> Iterable[Any]:
+        """Media of some columns: bytes, or paths that no longer depend on where the dataset is."""
+        if columns and not any(column in row for column in columns):
+            raise EvaluationError(f"{self.name}: row {id} has none of the columns {', '.join(columns)}")
+        for column in columns:
+            found = row.get(column)
+            for medium in found if isinstance(found, (list, tuple)) else [found]:
+                if isinstance(medium, Mapping):  # as Parquet files hold them
+                    medium = medium.get("bytes") or medium.get("path")
+                if medium is None:
+                    continue
+                if isinstance(medium, (str, os.PathLike)) and directory and "://" not in str(medium)[:20]:
+                    medium = str(medium) if str(medium).startswith("data:") else directory / medium
+                yield medium
+
 
 def _first(row: Row, names: Iterable[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _media(row: Row, columns: Iterable[str], directory: Path | None) -> Iterable[Any]:
-    """Media of some columns: bytes, or paths that no longer depend on where the dataset is."""
-    for column in columns:
-        found = row.get(column)
-        for medium in found if isinstance(found, (list, tuple)) else [found]:
-            if isinstance(medium, Mapping):  # as Parquet files hold them
-                medium = medium.get("bytes") or medium.get("path")
-            if medium is None:
-                continue
-            if isinstance(medium, (str, os.PathLike)) and directory and "://" not in str(medium)[:20]:
-                medium = str(medium) if str(medium).startswith("data:") else directory / medium
-            yield medium
