@@ -234,7 +234,7 @@ def test_merging_rows_that_are_called_like_a_known_task(nano, tmp_path):
 
 def test_what_has_no_room(nano, tmp_path, monkeypatch):
     """An item that is too large is its own fault if others have room, and that of the machine if none has."""
-    rows = write(tmp_path / "rows.jsonl", {**ASKED, "prompt": "2 + " * 800 + "3 ="}, ASKED)
+    rows = write(tmp_path / "rows.jsonl", {**ASKED, "prompt": "2 + " * 300 + "3 ="}, ASKED)
     monkeypatch.setattr("phi4mm_jax.service.available_memory", lambda device: 1000)
     with pytest.raises(MemoryPlanError, match="0.0 left"):
         evaluate(rows, nano, out=tmp_path / "out", progress=False)
