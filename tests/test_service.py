@@ -184,6 +184,19 @@ def test_no_memory(service, monkeypatch, alone):
     assert caller.tokens() == alone(0)
 
 
+def test_memory_for_media_is_that_of_the_rows_and_not_of_all_that_wait(monkeypatch):
+    model = Phi4MM.from_pretrained("nano", dtype="float32", progress=False, engine=ENGINE | {"media_cache_mib": 0})
+    pictures = [np.full((64, 64, 3), shade, np.uint8) for shade in range(0, 240, 12)]
+    prompts = [model.processor.raw("<|user|><|image_1|>What?<|end|><|assistant|>", images=[p]) for p in pictures]
+    [media] = {found.images[0].num_tokens for found in prompts}
+    plan = plan_memory(model.steps, 1, 256, media)
+    enough = plan.total - plan.weights
+    monkeypatch.setattr("phi4mm_jax.service.available_memory", lambda device: enough)
+    service, callers = new_service(model), [Caller(prompt) for prompt in prompts]
+    service.submit([caller.request for caller in callers])
+    assert all(len(caller.tokens()) == 8 for caller in callers)
+
+
 def test_stop_strings(service, model):
     said = Output.of(list(_pieces(service, PARAMS)))
     stop = said.text[2:4]

@@ -17,6 +17,8 @@ from phi4mm_jax.evaluation.gathering import merge
 from phi4mm_jax.evaluation.items import EvaluationError
 from phi4mm_jax.evaluation.run import evaluate
 from phi4mm_jax.evaluation.tasks.custom import custom
+from phi4mm_jax.runtime.memory import MemoryPlanError, plan_memory
+from phi4mm_jax.service import Service
 
 DIFFERS = {"session", "elapsed", "seconds"}
 """What of an answered item depends on the run."""
@@ -165,6 +167,7 @@ def test_bad_items_are_counted_and_not_fatal(nano, sets, tmp_path):
         ({"limit": 0}, "limit 0: expected at least 1"),
         ({"shard": "3/2"}, "shard 3/2: expected I/N with I from 1 to N"),
         ({"shard": "half"}, "shard 'half': expected I/N"),
+        ({"workers": 0}, "workers = 0: expected at least 1"),
         ({"data": "/no/such/place"}, "/no/such/place: no such file or directory"),
         ({"tasks": "s-vision-speech/ai2d", "data": None}, "the hub has no such rows; name yours with --data"),
     ],
@@ -173,6 +176,87 @@ def test_wrong_arguments(sets, tmp_path, arguments, message):
     """Before a model is loaded: there is none of this name."""
     with pytest.raises(EvaluationError, match=message):
         evaluate(**({"tasks": "nano/text", "model": "/no/model", "data": sets, "out": tmp_path} | arguments))
+
+
+def test_settings_of_a_loaded_model_are_not_ignored(nano, sets, tmp_path):
+    with pytest.raises(EvaluationError, match="quantize: only for a model by name"):
+        evaluate("nano/text", nano, data=sets, out=tmp_path, quantize="int8")
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ASKED = {"prompt": "2 + 3 =", "answers": ["5"], "metric": "exact"}
+
+
+def test_tasks_of_one_name_are_refused(nano, tmp_path):
+    first, second = write(tmp_path / "a" / "rows.jsonl", ASKED), write(tmp_path / "b" / "rows.jsonl", ASKED, ASKED)
+    with pytest.raises(EvaluationError, match="rows: the name of two tasks, of .*/a/rows.jsonl and of .*/b/rows.jsonl"):
+        evaluate([first, second], nano, out=tmp_path / "out", progress=False)
+    [found] = evaluate([second, second], nano, out=tmp_path / "out", progress=False)
+    assert found.counts.items == 2
+
+
+def test_a_dataset_without_the_media_is_not_asked_without(nano, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", {"question": "2 + 3 =", "answers": ["5"]})
+    with pytest.raises(EvaluationError, match="docvqa: row 0 has none of the columns image"):
+        evaluate("docvqa", nano, data=rows, out=tmp_path, progress=False)
+
+
+def test_odd_rows_end_nothing(nano, tmp_path):
+    votes = {"prompt": "2 + 3 =", "answers": ["5", "5"], "metric": "vqa"}
+    odd = [{**votes, "prompt": None}, {**votes, "answers": ["5"]}, {**votes, "prompt": "\ud800"}]
+    rows = write(tmp_path / "rows.jsonl", votes, *odd, votes)
+    for _ in range(2):
+        [found] = evaluate(rows, nano, out=tmp_path / "out", progress=False)
+        assert (found.counts.items, found.counts.answered) == (5, 2)
+        items = answered(tmp_path / "out", "rows")
+        assert "no column 'prompt'" in items["1"]["error"] and "several people" in items["2"]["error"]
+        assert items["3"]["error"]
+
+
+def test_what_shards_left_is_no_part_of_a_whole_run(nano, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", ASKED, ASKED)
+    evaluate(rows, nano, out=tmp_path / "out", shard="1/2", progress=False)
+    [found] = evaluate(rows, nano, out=tmp_path / "out", progress=False)
+    assert (found.counts.items, found.shards) == (2, "")
+
+
+def test_merging_rows_that_are_called_like_a_known_task(nano, tmp_path):
+    rows = write(tmp_path / "docvqa.jsonl", ASKED)
+    evaluate(rows, nano, out=tmp_path / "1", shard="1/1", progress=False)
+    [merged] = merge([tmp_path / "1"], tmp_path / "all")
+    assert (merged.metric_name, merged.published) == ("exact", None)
+
+
+def test_what_has_no_room(nano, tmp_path, monkeypatch):
+    """An item that is too large is its own fault if others have room, and that of the machine if none has."""
+    rows = write(tmp_path / "rows.jsonl", {**ASKED, "prompt": "2 + " * 300 + "3 ="}, ASKED)
+    monkeypatch.setattr("phi4mm_jax.service.available_memory", lambda device: 1000)
+    with pytest.raises(MemoryPlanError, match="0.0 left"):
+        evaluate(rows, nano, out=tmp_path / "out", progress=False)
+    assert not answered(tmp_path / "out", "rows")
+    plan = plan_memory(nano.steps, 1, 1024)
+    enough = plan.total - plan.weights
+    monkeypatch.setattr("phi4mm_jax.service.available_memory", lambda device: enough)
+    [found] = evaluate(rows, nano, out=tmp_path / "out", progress=False)
+    items = answered(tmp_path / "out", "rows")
+    assert "GiB are needed" in items["0"]["error"] and not items["1"]["error"]
+    assert (found.counts.answered, found.counts.errors) == (1, 1)
+
+
+def test_features_of_what_is_asked_are_bounded(whole, nano, sets, tmp_path, monkeypatch):
+    out, _ = whole
+    asked = []
+    submit = Service.submit
+    monkeypatch.setattr(Service, "submit", lambda self, requests: (asked.append(len(requests)), submit(self, requests)))
+    monkeypatch.setattr("phi4mm_jax.evaluation.session._MOST_BYTES", 1)
+    evaluate("nano/reading", nano, data=sets, out=tmp_path, progress=False)
+    assert answered(tmp_path, "nano/reading") == answered(out, "nano/reading")
+    assert set(asked) == {1}
 
 
 def program(sets, out, *more):
