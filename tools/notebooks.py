@@ -3,8 +3,7 @@
     python -m tools.notebooks [NAME ...]
 
 What is edited is `notebooks/NAME.md`. `NAME.ipynb` is written from it, run from top to bottom in a fresh kernel of this
-interpreter, and holds nothing else that changes from run to run: cells are numbered and no versions are noted. A cell
-whose output depends on the machine, such as a speed, has the tag `machine`; every other one prints the same everywhere.
+interpreter, and holds nothing else that changes from run to run: cells are numbered and no versions are noted.
 """
 
 from __future__ import annotations

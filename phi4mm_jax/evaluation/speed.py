@@ -16,8 +16,8 @@ from typing import Any
 from phi4mm_jax.evaluation.shards import Shard
 
 CLOCK = (
-    "from the first item of a session handed over to its last answer: reading, decoding and processing media, "
-    "encoding, prefill and decode; not loading weights, compilation and warm-up, or scoring"
+    "from the first row that a session reads to its last answer: fetching rows, decoding and processing media, "
+    "encoding, prefill and decode; not loading weights, scoring, or the time of compilations"
 )
 """What the seconds that speed is measured by cover."""
 
