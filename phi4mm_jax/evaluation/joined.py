@@ -21,6 +21,7 @@ class JoinedRows:
           EvaluationError: a column is missing, no row has a counterpart, or the sources cannot be read.
         """
         self.description = f"{rows.description} with {counterparts.description}"
+        self.fingerprint = f"{rows.fingerprint} {counterparts.fingerprint}"
         self.directory = rows.directory
         self.columns = list(dict.fromkeys((*rows.columns, *dataset.columns)))
         places: dict[Any, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ class Rows:
     directory: Path
     """That relative paths start from."""
     rows: Sequence[Row]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(json.dumps(self.rows).encode(), digest_size=8).hexdigest()
 
     @property
     def columns(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import posixpath
 import re
@@ -161,6 +162,8 @@ class ParquetRows:
         self.columns: Sequence[str] = self._footers[0].schema.to_arrow_schema().names
         self._groups = [(i, j) for i, footer in enumerate(self._footers) for j in range(footer.num_row_groups)]
         self._ends = list(accumulate(self._footers[i].row_group(j).num_rows for i, j in self._groups))
+        sizes = [[group.total_byte_size for group in map(f.row_group, range(f.num_row_groups))] for f in self._footers]
+        self.fingerprint = hashlib.blake2b(repr((self._ends, sizes)).encode(), digest_size=8).hexdigest()
         self._lock = threading.Lock()
         self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()  # by row group, the latest used last
 

@@ -102,7 +102,7 @@ def evaluate(
             task_directory(out, task.name),
             part,
             dataset=source.description,
-            settings=_settings(task, model, limit),
+            settings=_settings(task, model, limit) | {"fingerprint": source.fingerprint},
             versions=versions(),
             hardware=hardware(steps.mesh.size, steps.mesh.devices.flat[0].device_kind),
         )

@@ -24,6 +24,8 @@ class Source(Protocol):
 
     description: str
     """What it is: a file, a directory, or a repository with its commit, configuration and split."""
+    fingerprint: str
+    """Another one if rows were changed, as far as can be told without reading media."""
     directory: Path | None
     """That relative paths of media start from; None if rows hold their media."""
     columns: Sequence[str]

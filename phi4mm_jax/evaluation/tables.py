@@ -11,7 +11,7 @@ from phi4mm_jax.evaluation.results import Results
 from phi4mm_jax.evaluation.statistics import CONFIDENCE, Estimate
 
 _NONE = "–"
-_ELSEWHERE = ("task", "metric", "prompt")
+_ELSEWHERE = ("task", "metric", "prompt", "fingerprint")
 """Settings that a row shows in other words, or that are too long for it."""
 
 

@@ -129,6 +129,16 @@ def test_other_settings_are_refused(whole, nano, sets):
         evaluate("nano/asr", nano, data=sets, out=whole[0], limit=3, progress=False)
 
 
+def test_rows_that_were_changed_are_refused(nano, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    for answers in (["5"], ["6"]):
+        rows.write_text(json.dumps({"prompt": "What is 2 plus 3?", "answers": answers, "metric": "exact"}) + "\n")
+        if answers == ["5"]:
+            evaluate(rows, nano, out=out, progress=False)
+    with pytest.raises(EvaluationError, match="was begun with fingerprint"):
+        evaluate(rows, nano, out=out, progress=False)
+
+
 def test_two_shards_merged_are_one_run(whole, nano, sets, tmp_path):
     out, results = whole
     for shard in ("1/2", "2/2"):

@@ -20,8 +20,17 @@ _ROTATIONS = 1_000_000
 
 
 def by_letter(options: Iterable[Any]) -> dict[str, str]:
-    """Options under the letters that prompts give them."""
-    return dict(zip(string.ascii_uppercase, map(str, options), strict=False))
+    """Options under the letters that prompts give them.
+
+    Raises:
+      EvaluationError: there are more than letters.
+    """
+    texts = list(map(str, options))
+    if len(texts) > len(string.ascii_uppercase):
+        raise EvaluationError(
+            f"a multiple choice of {len(texts)} options; at most {len(string.ascii_uppercase)} can be asked"
+        )
+    return dict(zip(string.ascii_uppercase, texts, strict=False))
 
 
 def lines_of(options: Mapping[str, str]) -> str:
