@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -302,3 +303,37 @@ def test_killed_and_resumed_is_an_undisturbed_run(whole, sets, tmp_path, times):
             json.loads((path / name.replace("/", "__") / "results.json").read_text()) for path in (tmp_path, out)
         )
         assert without_the_run(saved) == without_the_run(expected)
+
+
+ONE_PROCESS = """
+import sys, jax
+number, port, data, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+from phi4mm_jax.evaluation import evaluate
+[found] = evaluate("nano/reading", "nano", data=data, out=out, dtype="float32", progress=False)
+print(found.score, found.counts.items)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(whole, sets, tmp_path):
+    out, results = whole
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [port, str(sets), str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_PROCESS, str(number), *arguments],
+            env=os.environ | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
+    expected = results["nano/reading"]
+    assert said == [f"{expected.score} {expected.counts.items}"] * 2
+    assert answered(tmp_path, "nano/reading") == answered(out, "nano/reading")
+    assert sorted(path.name for path in tmp_path.glob("*/items-*")) == ["items-1-of-2.jsonl", "items-2-of-2.jsonl"]
+    assert (tmp_path / "report.html").is_file()
