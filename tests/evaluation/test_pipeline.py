@@ -53,7 +53,8 @@ def picture(width: int, height: int) -> bytes:
 
 
 def rows(*given: dict[str, Any]) -> Rows:
-    return Rows("rows", Path("nowhere"), [{"question": "What?", "answer": "x"} | row for row in given])
+    every = {"question": "What?", "answer": "x", "image": None, "audio": None}
+    return Rows("rows", Path("nowhere"), [every | row for row in given])
 
 
 def mixed(count: int) -> Rows:
@@ -332,7 +333,7 @@ def test_programs_end_with_an_iterator_open(end: str, code: int) -> None:
             assert program.stdout.readline() == "0\n"
             if end == "interrupt":
                 program.send_signal(signal.SIGINT)
-            _, said = program.communicate(timeout=60)
+            _, said = program.communicate(timeout=180)
         finally:
             program.kill()
     assert program.returncode == code, said
