@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from phi4mm_jax.config import parse_settings
+from phi4mm_jax.evaluation.environment import processor
 
 if TYPE_CHECKING:
     from phi4mm_jax import Phi4MM
@@ -218,14 +219,10 @@ def machine() -> str:
     import jax
     import jaxlib
 
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     tunables = os.environ.get("GLIBC_TUNABLES", "unset")
-    return f"{datetime.date.today()}, {name}, {cores} cores; {versions}; GLIBC_TUNABLES {tunables}."
+    return f"{datetime.date.today()}, {processor()}, {cores} cores; {versions}; GLIBC_TUNABLES {tunables}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

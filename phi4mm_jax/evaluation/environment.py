@@ -23,10 +23,11 @@ def hardware(devices: int, kind: str) -> dict[str, Any]:
       devices: how many the model runs on.
       kind: what they are, as `jax.Device.device_kind`.
     """
-    return {"devices": devices, "kind": kind, "processor": _processor(), "cores": os.cpu_count(), "memory": _memory()}
+    return {"devices": devices, "kind": kind, "processor": processor(), "cores": os.cpu_count(), "memory": _memory()}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -13,7 +13,7 @@ from phi4mm_jax.evaluation.report import write_report
 from phi4mm_jax.evaluation.results import Results, replace_text, score_suite, score_task
 from phi4mm_jax.evaluation.shards import Shard, check_shards
 from phi4mm_jax.evaluation.sources import Source, open_source
-from phi4mm_jax.evaluation.store import read_shards, task_directory
+from phi4mm_jax.evaluation.store import make_directory, read_shards, task_directory
 from phi4mm_jax.evaluation.tables import markdown
 from phi4mm_jax.evaluation.tasks.catalogue import CATALOGUE, named
 from phi4mm_jax.evaluation.tasks.custom import custom
@@ -95,7 +95,7 @@ def write(results: Sequence[Results], asked: Mapping[str, tuple[Task, Source]], 
 
     for result in results:
         directory = task_directory(out, result.name)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         result.save(directory / "results.json")
     replace_text(out / "results.md", markdown(results))
     write_report(out / "report.html", results, media_of, results[0].settings["model"])

@@ -23,7 +23,7 @@ from phi4mm_jax.evaluation.results import Results
 from phi4mm_jax.evaluation.session import Session
 from phi4mm_jax.evaluation.shards import check_shards
 from phi4mm_jax.evaluation.sources import Source, open_source, rows_of_shard
-from phi4mm_jax.evaluation.store import Store, parse_shard, read_shards, task_directory, wait_for_all
+from phi4mm_jax.evaluation.store import Store, make_directory, parse_shard, read_shards, task_directory, wait_for_all
 from phi4mm_jax.evaluation.tasks.catalogue import find
 from phi4mm_jax.evaluation.tasks.suite import Suite, tasks_of
 from phi4mm_jax.evaluation.tasks.task import Task
@@ -86,6 +86,7 @@ def evaluate(
         raise EvaluationError(f"{', '.join(loading)}: only for a model by name; this one is loaded")
     planned = _by_name([task for entry in entries for task in tasks_of(entry)]).values()
     sources = {task.name: open_source(task.source, data) for task in planned}
+    make_directory(out)
     for task in planned:
         _check(task, sources[task.name], limit, part or (1, 1))
     begun = time.perf_counter()

@@ -68,8 +68,12 @@ def check_shards(shards: Sequence[Shard]) -> None:
 def _check_same_questions(first: Shard, shard: Shard) -> None:
     ours = {"dataset": first.dataset, **first.settings}
     theirs = {"dataset": shard.dataset, **shard.settings}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise EvaluationError(
-                f"{shard.directory}: {name} is {theirs.get(name)!r}, but {ours.get(name)!r} in {first.directory}"
-            )
+    if name := first_difference(ours, theirs):
+        raise EvaluationError(
+            f"{shard.directory}: {name} is {theirs.get(name)!r}, but {ours.get(name)!r} in {first.directory}"
+        )
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first name, by the alphabet, under which two runs have been asked otherwise; None if there is none."""
+    return next((name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)), None)

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from phi4mm_jax.evaluation.items import Answered, EvaluationError
 from phi4mm_jax.evaluation.results import replace_text
-from phi4mm_jax.evaluation.shards import Shard
+from phi4mm_jax.evaluation.shards import Shard, first_difference
 from phi4mm_jax.processing.display import quote
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and of.isdecimal()):
         raise EvaluationError(f"shard {quote(text)}: expected I/N with I from 1 to N, such as 1/4")
     return int(number), int(of)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, if it is not there.
+
+    Raises:
+      EvaluationError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be made a directory ({error.strerror})") from None
 
 
 def task_directory(out: Path, task: str) -> Path:
@@ -71,7 +83,7 @@ class Store:
         Raises:
           EvaluationError: the files belong to another dataset or settings, or are damaged, or another process writes.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         self._files = _Files(directory, f"{part[0]}-of-{part[1]}")
         self._lock = FileLock(directory / f".lock-{self._files.suffix}", timeout=0)
         try:
@@ -118,14 +130,15 @@ def read_shards(directory: Path) -> list[Shard]:
     for path in sorted(directory.glob("about-*.json")):
         match = re.fullmatch(r"about-(\d+)-of-(\d+)", path.stem)
         files = _Files(directory, path.stem.removeprefix("about-"))
+        sessions = _read_sessions(files)
         shards.append(
             Shard(
                 directory=directory,
                 number=int(match[1]),
                 of=int(match[2]),
-                complete=_is_complete(files),
+                complete=_ends(sessions),
                 answered=read_items(files.items),
-                sessions=[_parsed(files.sessions, *line) for line in _lines(files.sessions)],
+                sessions=sessions,
                 **json.loads(path.read_text(encoding="utf-8")),
             )
         )
@@ -162,12 +175,11 @@ class _Files:
             there = json.loads(path.read_text(encoding="utf-8"))
             as_read = json.loads(json.dumps(about))  # which turns tuples into lists
             old, new = ({"dataset": a["dataset"], **a["settings"]} for a in (there, as_read))
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name):
-                    raise EvaluationError(
-                        f"{self.directory}: was begun with {name} = {quote(old.get(name))}, not "
-                        f"{quote(new.get(name))}; go on with that, or take another --out"
-                    )
+            if name := first_difference(old, new):
+                raise EvaluationError(
+                    f"{self.directory}: was begun with {name} = {quote(old.get(name))}, not "
+                    f"{quote(new.get(name))}; go on with that, or take another --out"
+                )
         replace_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -175,15 +187,20 @@ def wait_for_all(directory: Path, of: int) -> None:
     """Waits until other processes have answered all of so many parts; logs once which ones it waits for."""
     files = [_Files(directory, f"{number}-of-{of}") for number in range(1, of + 1)]
     told = False
-    while missing := [part.suffix for part in files if not _is_complete(part)]:
+    while missing := [part.suffix for part in files if not _ends(_read_sessions(part))]:
         if not told:
             logger.warning("%s, which all processes must share: waiting for %s", directory, ", ".join(missing))
             told = True
         time.sleep(1)
 
 
-def _is_complete(files: _Files) -> bool:
-    return any(_parsed(files.sessions, *line)["complete"] for line in _lines(files.sessions))
+def _read_sessions(files: _Files) -> list[dict[str, Any]]:
+    return [_parsed(files.sessions, *line) for line in _lines(files.sessions)]
+
+
+def _ends(sessions: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the sessions left nothing to answer."""
+    return any(session["complete"] for session in sessions)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -175,6 +175,7 @@ def test_bad_items_are_counted_and_not_fatal(nano, sets, tmp_path):
         ({"tasks": "docvqaa"}, "no task 'docvqaa'.*docvqa"),
         ({"tasks": "missing.jsonl"}, "missing.jsonl: no such file"),
         ({"batch": 0}, "batch = 0: expected 'auto' or at least 1"),
+        ({"out": __file__}, r"test_run\.py: cannot be made a directory \(File exists\)"),
         ({"limit": 0}, "limit 0: expected at least 1"),
         ({"shard": "3/2"}, "shard 3/2: expected I/N with I from 1 to N"),
         ({"shard": "half"}, "shard 'half': expected I/N"),

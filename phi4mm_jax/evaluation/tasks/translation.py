@@ -6,6 +6,7 @@ text, no token of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 from phi4mm_jax.evaluation.tasks.languages import CHINESE, ENGLISH, GERMAN, JAPANESE, LANGUAGES, Language
@@ -22,7 +23,7 @@ CHAIN = (
 """The model card's prompt for both, one after the other."""
 
 _COLUMNS = Columns(audios=("audio",), references=("translation",))
-_CHAIN_COLUMNS = Columns(audios=("audio",), references=("translation",), facts=("transcript",))
+_CHAIN_COLUMNS = dataclasses.replace(_COLUMNS, facts=("transcript",))
 _Pair = tuple[Language, Language]
 
 
@@ -55,22 +56,21 @@ def _suite(
     for pair in pairs:
         spoken, written = pair
         part, languages = f"{spoken.code}-{written.code}", f"{spoken.name} to {written.name}"
-        direct_tasks.append(
-            Task(
-                name=f"{name}/{part}",
-                title=f"{title}, {languages}",
-                source=source(pair),
-                columns=_COLUMNS,
-                prompt=DIRECT.format(language=written.name),
-                max_tokens=256,
-                metric=written.bleu,
-            )
+        task = Task(
+            name=f"{name}/{part}",
+            title=f"{title}, {languages}",
+            source=source(pair),
+            columns=_COLUMNS,
+            prompt=DIRECT.format(language=written.name),
+            max_tokens=256,
+            metric=written.bleu,
         )
+        direct_tasks.append(task)
         chain_tasks.append(
-            Task(
+            dataclasses.replace(
+                task,
                 name=f"{name}-chain/{part}",
-                title=f"{title}, {languages}, through the transcript",
-                source=source(pair),
+                title=f"{task.title}, through the transcript",
                 columns=_CHAIN_COLUMNS,
                 prompt=CHAIN.format(language=written.name),
                 max_tokens=512,
