@@ -8,6 +8,7 @@ contestant's. All of them have to fit into memory together.
 
     phi4mm:CKPT[:FORMAT]  a checkpoint, quantized while it is loaded if a format is given
     torch                 the decoder in plain PyTorch bfloat16 (torch_decode.py), random weights, without sampling
+    transformers:NATIVE   a checkpoint in transformers' own layout, in bfloat16, without adapters
     llama.cpp:FILE        a GGUF file, such as `python -m tools.random_gguf` writes, through llama-cpp-python
     mistralrs:CKPT:ISQ    a checkpoint, quantized while it is loaded, with the CPU threads that RAYON_NUM_THREADS says
 """
@@ -56,6 +57,21 @@ def open_torch(_: str, threads: int, prompt: int, tokens: int) -> Call:
     return call
 
 
+def open_transformers(checkpoint: str, threads: int, prompt: int) -> Call:
+    """transformers."""
+    import torch
+    from transformers import Phi4MultimodalForCausalLM
+
+    torch.set_num_threads(threads)
+    model = Phi4MultimodalForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    prompt_ids = torch.arange(prompt)[None]
+
+    def call(count: int) -> None:
+        model.generate(input_ids=prompt_ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+    return call
+
+
 def open_llama_cpp(file: str, threads: int, prompt: int, tokens: int) -> Call:
     """llama.cpp."""
     from llama_cpp import Llama
@@ -99,11 +115,15 @@ def contestant(name: str, args: argparse.Namespace) -> Call:
         return open_phi4mm(first, second, args.prompt)
     if kind == "torch":
         return open_torch(first, args.threads, args.prompt, args.tokens)
+    if kind == "transformers":
+        return open_transformers(rest, args.threads, args.prompt)
     if kind == "llama.cpp":
         return open_llama_cpp(rest, args.threads, args.prompt, args.tokens)
     if kind == "mistralrs":
         return open_mistralrs(first, second, args.prompt)
-    raise SystemExit(f"{name}: expected phi4mm:CKPT[:FORMAT], torch, llama.cpp:FILE or mistralrs:CKPT[:ISQ]")
+    raise SystemExit(
+        f"{name}: expected phi4mm:CKPT[:FORMAT], torch, transformers:NATIVE, llama.cpp:FILE or mistralrs:CKPT[:ISQ]"
+    )
 
 
 def work(name: str, args: argparse.Namespace, pipe: Connection) -> None:

@@ -20,18 +20,21 @@ struct Line {
 };
 
 struct Product {
+  const float* x;  // [m, k]
   const uint8_t* w;  // [n, k], with 4 bits the lower half of a byte is the even column
   const void* scales;  // [n, groups]
   bool float32_scales;  // otherwise bfloat16
   float* out;  // [m, n]
   size_t m, n, k, groups;
   size_t repeat;  // blocks that share a scale
-  std::vector<Line> packed;  // x
+  uint8_t* packed;  // x, tile by tile
 };
 
 struct Kernel {
-  std::vector<Line> (*pack)(const float* x, size_t m, size_t k);
-  void (*run)(const Product& product, size_t begin, size_t end);
+  size_t tile;  // rows of x that are packed together
+  size_t (*tile_bytes)(size_t k);
+  void (*pack)(const Product& product, size_t begin, size_t end);  // these tiles
+  void (*run)(const Product& product, size_t begin, size_t end);  // these rows of w
   size_t multiple;  // of rows of w, which `run` is best given
 };
 
@@ -122,11 +125,16 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   }
   const size_t block = size == 32 || size == 64 ? size : kWidestBlock;
   const Kernel kernel = Choose(m >= kManyRowsOfX, bytes, block, widest);
-  Product product = {reinterpret_cast<const uint8_t*>(w.untyped_data()), scales.untyped_data(),
-                     scales.element_type() == ffi::F32, out->typed_data(), m, n, k, groups,
-                     (size + block - 1) / block, kernel.pack(x.typed_data(), m, k)};
+  const size_t tiles = (m + kernel.tile - 1) / kernel.tile, tile_bytes = kernel.tile_bytes(k);
+  thread_local std::vector<Line> packed;  // kept: its pages are slow to get anew
+  packed.resize(std::max(packed.size(), (tiles * tile_bytes + sizeof(Line) - 1) / sizeof(Line)));
+  const Product product = {x.typed_data(), reinterpret_cast<const uint8_t*>(w.untyped_data()), scales.untyped_data(),
+                           scales.element_type() == ffi::F32, out->typed_data(), m, n, k, groups,
+                           (size + block - 1) / block, packed.data()->bytes};
+  Share(pool, tiles, tile_bytes, /*multiple=*/1,
+        [=](size_t begin, size_t end) { kernel.pack(product, begin, end); });
   Share(pool, n, bytes ? k : k / 2, kernel.multiple,
-        [product = std::move(product), kernel](size_t begin, size_t end) { kernel.run(product, begin, end); });
+        [=](size_t begin, size_t end) { kernel.run(product, begin, end); });
   return ffi::Error::Success();
 }
 

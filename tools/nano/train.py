@@ -18,6 +18,7 @@ OUT/STAGE/loss.png shows them.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
 import time
@@ -73,7 +74,7 @@ def train(out: Path, name: str, steps: int | None = None) -> None:
     leaves = _first_leaves(out, stage, config)
     trained = {path: leaf for path, leaf in leaves.items() if stage.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
-    optimizer = _optimizer(stage, steps)
+    optimizer = _optimizer(stage, steps, trained)
     step = _step(Network(config), stage, optimizer)
     state: State = {"leaves": trained, "optimizer": optimizer.init(trained)}
 
@@ -154,12 +155,29 @@ def _first_leaves(out: Path, stage: Stage, config: ModelConfig) -> Leaves:
     return leaves
 
 
-def _optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; vectors are not decayed."""
+def _optimizer(stage: Stage, steps: int, trained: Leaves) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) for matrices, which alone are decayed, Adam for all else; gradients are clipped."""
     warm_up = min(200, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warm_up, steps, 0.01 * stage.learning_rate)
-    decayed = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02, mask=decayed))
+    muon = optax.contrib.muon(
+        schedule,
+        consistent_rms=0.2,  # changes as large as Adam's, so that both go by one learning rate
+        weight_decay=0.02,
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=_matrices(trained),
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def _matrices(leaves: Leaves) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+    """Which leaves are matrices that a vector passes through: not tables, heads and kernels of convolutions."""
+    others = ("text.embed.*", "vision.position_embedding", "audio.relative_bias", "*.depthwise*", "aux.*")
+    return {
+        path: optax.contrib.MuonDimensionNumbers()
+        if leaf.ndim == 2 and not any(fnmatch.fnmatchcase(path, pattern) for pattern in others)
+        else None
+        for path, leaf in leaves.items()
+    }
 
 
 def _step(
