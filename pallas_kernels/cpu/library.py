@@ -16,15 +16,14 @@ from pathlib import Path
 import jax
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("matmul.cc", "quantized.cc", "attention.cc")]
-_INCLUDED = [
-    Path(__file__).with_name(name)
-    for name in ("common.h", "vectors.inc", "dot.inc", "integers.inc", "panels.inc", "attention.inc")
-]
+_HERE = Path(__file__).parent
+_SOURCES = sorted(_HERE.glob("*.cc"))
+_INCLUDED = sorted((*_HERE.glob("*.h"), *_HERE.glob("*.inc")))
 _TARGETS = {
     "phi4mm_matmul": "Phi4mmMatmul",
     "phi4mm_quantized_matmul": "Phi4mmQuantizedMatmul",
     "phi4mm_decode_attention": "Phi4mmDecodeAttention",
+    "phi4mm_prefill_attention": "Phi4mmPrefillAttention",
 }
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w")

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import dispatch
 from pallas_kernels.kv import KV
 from pallas_kernels.partition import Layout, Names
-from pallas_kernels.prefill_attention import reference, tpu
+from pallas_kernels.prefill_attention import cpu, reference, tpu
 
-BACKENDS = {"tpu": tpu.prefill_attention, "xla": reference.prefill_attention}
+BACKENDS = {"cpu": cpu.prefill_attention, "tpu": tpu.prefill_attention, "xla": reference.prefill_attention}
 
 
 def prefill_attention(

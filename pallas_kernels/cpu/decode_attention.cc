@@ -5,19 +5,12 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "cache.h"
 
 namespace {
 
 constexpr size_t kBlock = 512;  // keys
 constexpr size_t kHeads = 4;  // that are worked on at once
-
-enum class Type { kFloat32, kBFloat16, kInt8 };
-
-struct Cache {
-  const void* values;  // [B, K, S, H]
-  const float* scales;  // [B, K, S], or null
-};
 
 struct Block {
   size_t row;  // of the cache: a kv head of a row of the batch
@@ -35,17 +28,12 @@ struct Attention {
 
 using Kernel = void (*)(const Attention& attention, size_t begin, size_t end);
 
-// For each set, or attention.inc asks the compiler, which is slower:
-//   FROM_WORDS(from), FROM_BYTES(from)  a vector of integers: the unsigned words or the signed bytes at an address
-
 namespace portable {
 #define TARGET
 #define VECTOR_BYTES 16
-#include "attention.inc"
+#include "decode_attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
-#undef FROM_WORDS
-#undef FROM_BYTES
 }  // namespace portable
 
 #ifdef __x86_64__
@@ -53,25 +41,17 @@ namespace portable {
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma")))
 #define VECTOR_BYTES 32
-#define FROM_WORDS(from) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from)))
-#define FROM_BYTES(from) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from)))
-#include "attention.inc"
+#include "decode_attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
-#undef FROM_WORDS
-#undef FROM_BYTES
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,fma")))
 #define VECTOR_BYTES 64
-#define FROM_WORDS(from) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from)))
-#define FROM_BYTES(from) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from)))
-#include "attention.inc"
+#include "decode_attention.inc"
 #undef TARGET
 #undef VECTOR_BYTES
-#undef FROM_WORDS
-#undef FROM_BYTES
 }  // namespace avx512
 
 #endif
@@ -105,20 +85,12 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi:
                            ffi::Buffer<ffi::F32> k_scales, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> v_scales,
                            ffi::BufferR1<ffi::S32> lengths, ffi::Result<ffi::BufferR3<ffi::F32>> out, float scale,
                            int64_t widest) {
-  Type type;
-  switch (k.element_type()) {
-    case ffi::F32: type = Type::kFloat32; break;
-    case ffi::BF16: case ffi::U16: type = Type::kBFloat16; break;
-    case ffi::S8: type = Type::kInt8; break;
-    default: return ffi::Error::InvalidArgument("decode attention: a cache of float32, bfloat16 or int8 expected");
-  }
+  const std::optional<Type> type = TypeOf(k);
+  if (!type) return ffi::Error::InvalidArgument("decode attention: a cache of float32, bfloat16 or int8 expected");
   const size_t batch = k.dimensions()[0], kv_heads = k.dimensions()[1], length = k.dimensions()[2];
   const size_t width = k.dimensions()[3], group = q.dimensions()[1] / kv_heads, stride = 2 + width;
   if (width % 8 != 0) return ffi::Error::InvalidArgument("decode attention: a multiple of 8 numbers a head expected");
-  const auto cache = [&](ffi::AnyBuffer& values, ffi::Buffer<ffi::F32>& scales) {
-    return Cache{values.untyped_data(), type == Type::kInt8 ? scales.typed_data() : nullptr};
-  };
-  Attention attention = {q.typed_data(), cache(k, k_scales), cache(v, v_scales), group, length, width, scale, {}, {}};
+  Attention attention = {q.typed_data(), CacheOf(k, k_scales), CacheOf(v, v_scales), group, length, width, scale, {}, {}};
   const auto live = [&](size_t b) -> size_t {
     return std::clamp<int64_t>(lengths.typed_data()[b], 0, static_cast<int64_t>(length));
   };
@@ -128,7 +100,7 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi:
     }
   }
   attention.partial.reset(new float[attention.blocks.size() * group * stride]);
-  const Kernel kernel = Choose(type, width, widest);
+  const Kernel kernel = Choose(*type, width, widest);
   Share(pool, attention.blocks.size(), 2 * k.size_bytes() / (batch * kv_heads * length) * kBlock,
         /*multiple=*/4, [&](size_t begin, size_t end) { kernel(attention, begin, end); });
 
