@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from random import Random
 
@@ -19,7 +20,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.weights.hub import BUNDLED
 from phi4mm_jax.weights.loader import load
 from tools.checkpoint_files import write_checkpoint
-from tools.nano import batches, progress, train, vocabulary
+from tools.nano import batches, progress, schedule, train, vocabulary
 from tools.nano.batches import Run, Writer, image_arrays
 from tools.nano.export import TrainedValues
 from tools.nano.network import Leaves, Network, initial_leaves
@@ -156,18 +157,63 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_stage_can_be_adopted(tmp_path: Path) -> None:
-    assert train.main([str(tmp_path), "--stage", "comparing", "--adopt", str(BUNDLED["nano"])]) == 0
-    leaves = train.stage_leaves(tmp_path, "comparing")
-    assert set(leaves) == {path for path in Network(CONFIG).shapes if STAGES["comparing"].trains(path)}
+    assert train.main([str(tmp_path), "--stage", "text", "--adopt", str(BUNDLED["nano"])]) == 0
+    leaves = train.stage_leaves(tmp_path, "text")
+    assert set(leaves) == {path for path in Network(CONFIG).shapes if STAGES["text"].trains(path)}
     assert np.abs(leaves["text.norm.weight"] - 1).max() > 0.01  # trained
     with pytest.raises(train.TrainingError, match="was begun; remove it"):
-        train.adopt(tmp_path, "comparing", BUNDLED["nano"])
+        train.adopt(tmp_path, "text", BUNDLED["nano"])
 
 
 def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
-    with pytest.raises(train.TrainingError, match="stage comparing is not finished; run it first, with --stage comp"):
+    with pytest.raises(train.TrainingError, match="stage text is not finished; run it first, with --stage text"):
         train.train(tmp_path, "vision")
     assert not list(tmp_path.iterdir())
+
+
+def record_stage(tmp_path: Path, name: str, then: str = "") -> list[str]:
+    """A command that notes when a stage begins and ends."""
+    note = f"open({str(tmp_path / 'notes')!r}, 'a').write"
+    return [sys.executable, "-c", f"import time; {note}('begin {name}\\n'); {then}\n{note}('end {name}\\n')"]
+
+
+def test_stages_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_SECONDS_PER_LOOK", 0.02)
+    used = []
+
+    def command(name: str, processor: int) -> list[str]:
+        used.append(processor)
+        return record_stage(tmp_path, name, "time.sleep(0.3)")
+
+    schedule.run_side_by_side(tmp_path / "run", [4, 7], command)
+    running, ended, most = set(), set(), 0
+    for line in (tmp_path / "notes").read_text().splitlines():
+        event, name = line.split()
+        if event == "begin":
+            assert ended.issuperset(STAGES[name].after)
+            running.add(name)
+        else:
+            running.remove(name)
+            ended.add(name)
+        most = max(most, len(running))
+    assert ended == set(STAGES)
+    assert most == 2
+    assert set(used) == {4, 7}
+
+
+def test_a_stage_that_fails_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_SECONDS_PER_LOOK", 0.02)
+
+    def command(name: str, _: int) -> list[str]:
+        return record_stage(
+            tmp_path, name, "time.sleep(1); raise SystemExit('no')" if name == "text" else "time.sleep(60)"
+        )
+
+    with pytest.raises(schedule.StageError, match=r"stage text ended with 1; what it printed is in .*text\.txt"):
+        schedule.run_side_by_side(tmp_path / "run", [0, 1], command)
+    assert (tmp_path / "run" / "text.txt").read_text() == "no\n"
+    assert "KeyboardInterrupt" in (tmp_path / "run" / "looking.txt").read_text()
+    assert set((tmp_path / "notes").read_text().splitlines()) == {"begin text", "begin looking"}
 
 
 def test_missing_tools_are_told_at_once(

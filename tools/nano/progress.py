@@ -64,6 +64,11 @@ class Progress:
         self._count, self._since = 0, time.monotonic()
 
 
+def logged_steps(directory: Path) -> int:
+    """How many steps the log of a stage in this directory has."""
+    return int(max((line["step"] for line in _lines(directory / "log.jsonl")), default=0))
+
+
 def _lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 

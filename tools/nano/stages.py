@@ -43,51 +43,44 @@ _EYE = ("vision.layers.*", "vision.patch_embedding.*", "vision.position_embeddin
 _SPEECH = ("audio.speech_projector.*", "text.layers.*.speech_?")
 _VISION = ("vision.projector.*", "vision.*_separator", "text.layers.*.vision_?")
 
-STAGES = {
+STAGES = {  # in the order in which two processors finish soonest
     "text": Stage(
         trained=_DECODER,
         batches=partial(TextBatches, add=6, compare=2, count=3, reverse=3),
-        steps=8000,
-        learning_rate=2e-3,
-    ),
-    "comparing": Stage(  # the one task that the mixture above leaves at 90 %
-        trained=_DECODER,
-        batches=partial(TextBatches, add=3, compare=7, count=2, reverse=2),
-        steps=1600,
-        learning_rate=1e-3,
-        after=("text",),
-    ),
-    "hearing": Stage(
-        trained=_EAR,
-        batches=partial(SpeechBatches, short=0.25),
         steps=4000,
-        learning_rate=1e-3,
-        answers=False,
-        hears=True,
+        learning_rate=2e-3,
     ),
     "looking": Stage(
         trained=_EYE,
         batches=partial(SeeingBatches, rise=0.5, says=False),
-        steps=12000,
+        steps=8000,
         learning_rate=1.2e-3,
         answers=False,
+    ),
+    "hearing": Stage(
+        trained=_EAR,
+        batches=partial(SpeechBatches, short=0.25),
+        steps=3000,
+        learning_rate=1e-3,
+        answers=False,
+        hears=True,
     ),
     "seeing": Stage(
         trained=(*_EYE, "vision.projector.*"),
         batches=SeeingBatches,
-        steps=8000,
+        steps=5000,
         learning_rate=1e-3,
         answers=False,
-        after=("comparing", "looking"),
+        after=("text", "looking"),
     ),
     "speech": Stage(
         trained=_EAR + _SPEECH,
         batches=partial(SpeechBatches, short=0.25),
-        steps=3500,
+        steps=3000,
         learning_rate=1e-3,
         adapter="speech",
         hears=True,
-        after=("comparing", "hearing"),
+        after=("text", "hearing"),
     ),
     "listening": Stage(
         trained=_EAR + _SPEECH,
@@ -96,15 +89,15 @@ STAGES = {
         learning_rate=8e-4,
         adapter="speech",
         hears=True,
-        after=("comparing", "speech"),
+        after=("text", "speech"),
     ),
     "vision": Stage(
         trained=_EYE + _VISION,
         batches=partial(VisionBatches, rise=0.2),
-        steps=4500,
+        steps=3000,
         learning_rate=8e-4,
         adapter="vision",
-        after=("comparing", "seeing"),
+        after=("text", "seeing"),
     ),
     "spoken": Stage(
         trained=("audio.vision_projector.*", *_VISION),
@@ -113,6 +106,6 @@ STAGES = {
         learning_rate=5e-4,
         adapter="vision",
         hears=True,
-        after=("comparing", "listening", "vision"),
+        after=("text", "listening", "vision"),
     ),
 }

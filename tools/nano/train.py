@@ -1,15 +1,15 @@
 """Trains phi4mm-nano, stage by stage as the original was trained.
 
-    python -m tools.nano.train OUT [--stage NAME [--adopt CHECKPOINT]]
+    python -m tools.nano.train OUT [--processors N] [--stage NAME [--adopt CHECKPOINT]]
 
-text, comparing: the decoder, which is frozen from then on. hearing, looking: the encoders, by auxiliary heads that
-spell what is said (CTC) and name what each patch shows. seeing: image tokens that say it. speech, listening: speech
-encoder, its projector and the speech LoRA. vision: the same for pictures. spoken: the projector that speech takes
-beside a picture, and the vision LoRA. text, hearing and looking depend on nothing, so they may run side by side; so may
-speech with seeing and vision.
+text: the decoder, which is frozen from then on. hearing, looking: the encoders, by auxiliary heads that spell what is
+said (CTC) and name what each patch shows. seeing: image tokens that say it. speech, listening: speech encoder, its
+projector and the speech LoRA. vision: the same for pictures. spoken: the projector that speech takes beside a picture,
+and the vision LoRA.
 
---adopt takes what a stage learns from a checkpoint such as phi4mm_jax/assets/nano instead of training it, so that the
-stages after it can be trained further without those before.
+Stages that do not depend on each other run side by side, each on one processor (`schedule`). --stage runs one of them,
+by all processors. --adopt takes what it learns from a checkpoint such as phi4mm_jax/assets/nano instead of training it,
+so that the stages after it can be trained further without those before.
 
 A run that was stopped goes on from its last checkpoint when it is started again. OUT/STAGE/log.jsonl has the losses and
 OUT/STAGE/loss.png shows them.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from tools.nano.fonts import fonts
 from tools.nano.network import Batch, Leaves, Network, initial_leaves
 from tools.nano.progress import Progress
 from tools.nano.recordings import Recordings, prepare
+from tools.nano.schedule import StageError, run_side_by_side
 from tools.nano.speech import VOICES, synthesize
 from tools.nano.stages import STAGES, Stage
 from tools.nano.tokenizer import tokenizer_files
@@ -233,19 +235,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="directory of the run: data, checkpoints, logs")
+    parser.add_argument("--processors", type=int, metavar="N", help="stages to run at once (default: all processors)")
     parser.add_argument("--stage", choices=STAGES, help="only this one")
+    parser.add_argument("--on", type=int, metavar="PROCESSOR", help="run it on this processor alone")
     parser.add_argument("--adopt", type=Path, metavar="CHECKPOINT", help="take its result from there")
     options = parser.parse_args(arguments)
-    if options.adopt and not options.stage:
-        parser.error("--adopt needs --stage")
+    if not options.stage and (options.adopt or options.on is not None):
+        parser.error("--adopt and --on need --stage")
+    if options.processors is not None and options.processors < 1:
+        parser.error("--processors must be at least 1")
+    if options.on is not None:
+        # Before XLA makes its threads: one for each processor, and two on one would wait for each other.
+        os.sched_setaffinity(0, {options.on})
     try:
         if options.adopt:
             adopt(options.out, options.stage, options.adopt)
             return 0
         _check_tools()
-        for name in [options.stage] if options.stage else STAGES:
-            train(options.out, name)
-    except TrainingError as error:
+        if options.stage:
+            train(options.out, options.stage)
+        else:
+            processors = sorted(os.sched_getaffinity(0))[: options.processors]
+            command = [sys.executable, "-m", "tools.nano.train", str(options.out)]
+            run_side_by_side(options.out, processors, lambda name, on: [*command, "--stage", name, "--on", str(on)])
+    except (TrainingError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
