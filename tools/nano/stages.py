@@ -85,7 +85,7 @@ STAGES = {  # in the order in which two processors finish soonest
     "listening": Stage(
         trained=_EAR + _SPEECH,
         batches=SpeechBatches,
-        steps=2000,
+        steps=1500,
         learning_rate=8e-4,
         adapter="speech",
         hears=True,
