@@ -28,44 +28,8 @@ struct Attention {
 
 using Kernel = void (*)(const Attention& attention, size_t begin, size_t end);
 
-namespace portable {
-#define TARGET
-#define VECTOR_BYTES 16
-#include "decode_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace portable
-
-#ifdef __x86_64__
-
-namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "decode_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,fma")))
-#define VECTOR_BYTES 64
-#include "decode_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace avx512
-
-#endif
-
-// The kernel of the widest instruction set that the machine has, up to the given index into INSTRUCTION_SETS of
-// library.py, and whose vectors divide the width.
-Kernel Choose(Type type, size_t width, int64_t widest) {
-  const auto index = static_cast<size_t>(type);
-#ifdef __x86_64__
-  if (widest >= 2 && width % 16 == 0 && __builtin_cpu_supports("avx512f")) return avx512::kKernels[index];
-  if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels[index];
-#endif
-  return portable::kKernels[index];
-}
+#define KERNEL "decode_attention.inc"
+#include "sets.inc"
 
 // Merges what `count` blocks, `stride` apart, have found for a head.
 void Merge(const float* partial, size_t count, size_t stride, size_t width, float* out) {
@@ -100,7 +64,7 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi:
     }
   }
   attention.partial.reset(new float[attention.blocks.size() * group * stride]);
-  const Kernel kernel = Choose(*type, width, widest);
+  const Kernel kernel = Choose(static_cast<size_t>(*type), width, widest);
   Share(pool, attention.blocks.size(), 2 * k.size_bytes() / (batch * kv_heads * length) * kBlock,
         /*multiple=*/4, [&](size_t begin, size_t end) { kernel(attention, begin, end); });
 

@@ -20,57 +20,8 @@ struct Kernel {
   void (*run)(const Product& product, size_t begin, size_t end);
 };
 
-namespace portable {
-#define TARGET
-#define VECTOR_BYTES 16
-#include "dot.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace portable
-
-#ifdef __x86_64__
-
-namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define VECTOR_BYTES 32
-#define FROM_FLOAT16(pairs, upper) _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)pairs, upper))
-#include "dot.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-#undef FROM_FLOAT16
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,fma")))
-#define VECTOR_BYTES 64
-#define FROM_FLOAT16(pairs, upper) _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)pairs, upper))
-#include "dot.inc"
-#undef TARGET
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define TARGET __attribute__((target("avx512f,avx512bf16,fma")))
-#define BFLOAT16_DOT
-#include "dot.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-#undef FROM_FLOAT16
-#undef BFLOAT16_DOT
-}  // namespace avx512_bf16
-
-#endif
-
-// The kernel of the widest instruction set that the machine has, up to the given index into INSTRUCTION_SETS of
-// library.py. What has AVX2 has F16C.
-Kernel Choose(Type type, int64_t widest) {
-  const auto index = static_cast<size_t>(type);
-#ifdef __x86_64__
-  if (widest >= 3 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kKernels[index];
-  if (widest >= 2 && __builtin_cpu_supports("avx512f")) return avx512::kKernels[index];
-  if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels[index];
-#endif
-  return portable::kKernels[index];
-}
+#define KERNEL "dot.inc"
+#include "sets.inc"
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::BufferR2<ffi::F32>> out,
                   int64_t widest) {
@@ -79,7 +30,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   }
   const size_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   const Type type = w.element_type() == ffi::BF16 ? Type::kBFloat16 : Type::kFloat16;
-  const Kernel kernel = Choose(type, widest);
+  const Kernel kernel = Choose(static_cast<size_t>(type), /*multiple=*/16, widest);
   Product product = {reinterpret_cast<const uint16_t*>(w.untyped_data()), out->typed_data(), m, n, k,
                      kernel.pack(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, k)};
   Share(pool, n, k * sizeof(uint16_t), /*multiple=*/4,

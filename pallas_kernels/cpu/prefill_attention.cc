@@ -29,57 +29,8 @@ struct Attention {
 
 using Kernel = void (*)(const Attention& attention, size_t begin, size_t end);
 
-// For each set BFLOAT16_DOT is defined where it multiplies pairs of bfloat16 by itself.
-
-namespace portable {
-#define TARGET
-#define VECTOR_BYTES 16
-#include "prefill_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace portable
-
-#ifdef __x86_64__
-
-namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "prefill_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,fma")))
-#define VECTOR_BYTES 64
-#include "prefill_attention.inc"
-#undef TARGET
-}  // namespace avx512
-
-namespace avx512_bf16 {
-#define TARGET __attribute__((target("avx512f,avx512bf16,fma")))
-#define BFLOAT16_DOT
-#include "prefill_attention.inc"
-#undef TARGET
-#undef VECTOR_BYTES
-#undef BFLOAT16_DOT
-}  // namespace avx512_bf16
-
-#endif
-
-// The kernel of the widest instruction set that the machine has, up to the given index into INSTRUCTION_SETS of
-// library.py, and whose vectors divide the width.
-Kernel Choose(Type type, size_t width, int64_t widest) {
-  const auto index = static_cast<size_t>(type);
-#ifdef __x86_64__
-  if (width % 16 == 0) {
-    if (widest >= 3 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kKernels[index];
-    if (widest >= 2 && __builtin_cpu_supports("avx512f")) return avx512::kKernels[index];
-  }
-  if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels[index];
-#endif
-  return portable::kKernels[index];
-}
+#define KERNEL "prefill_attention.inc"
+#include "sets.inc"
 
 ffi::Error PrefillAttention(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffer k,
                             ffi::Buffer<ffi::F32> k_scales, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> v_scales,
@@ -94,7 +45,7 @@ ffi::Error PrefillAttention(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi
   if (attention.width % 8 != 0) {
     return ffi::Error::InvalidArgument("prefill attention: a multiple of 8 numbers a head expected");
   }
-  const Kernel kernel = Choose(*type, attention.width, widest);
+  const Kernel kernel = Choose(static_cast<size_t>(*type), attention.width, widest);
   Share(pool, attention.batch * attention.kv_heads * attention.Steps(), kChunkBytes, /*multiple=*/1,
         [&](size_t begin, size_t end) { kernel(attention, begin, end); });
   return ffi::Error::Success();
