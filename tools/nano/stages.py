@@ -76,7 +76,7 @@ STAGES = {  # in the order in which two processors finish soonest
     "speech": Stage(
         trained=_EAR + _SPEECH,
         batches=partial(SpeechBatches, short=0.25),
-        steps=3000,
+        steps=2500,
         learning_rate=1e-3,
         adapter="speech",
         hears=True,
@@ -85,7 +85,7 @@ STAGES = {  # in the order in which two processors finish soonest
     "listening": Stage(
         trained=_EAR + _SPEECH,
         batches=SpeechBatches,
-        steps=1500,
+        steps=800,
         learning_rate=8e-4,
         adapter="speech",
         hears=True,
