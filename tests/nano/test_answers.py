@@ -1,6 +1,7 @@
 """The bundled model truly hears, reads and answers, alone, side by side, streamed and across the rope switch."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -8,6 +9,7 @@ from phi4mm_jax.api import Phi4MM
 from phi4mm_jax.cli import main
 from phi4mm_jax.demo import Case, read_cases, run_demo
 from tools.nano.evaluate import wrong_adapter
+from tools.nano.vocabulary import sentence
 
 CASES = read_cases(Path(__file__).parent / "heldout")
 ADAPTED = [case for case in CASES if case.images or case.audios]
@@ -96,15 +98,18 @@ def test_stop_string_ends_an_answer(nano: Phi4MM) -> None:
 
 def test_answer_across_the_rope_switch(nano: Phi4MM) -> None:
     limit = nano.processor.config.text.original_max_position_embeddings
-    said = "my blue doctor wants the hot coffee"
-    messages = []
-    for first in ("the old king", "your new ship", "the happy queen", "my soft bread", "the cold rain"):
-        text = f"{first} follows the dark river"
-        messages += [
-            {"role": "user", "content": f"Repeat after me: {text}"},
-            {"role": "assistant", "content": text},
+    rng = Random(0)
+    conversations, said = [], []
+    for _ in range(20):
+        *before, last = (sentence(rng, 7, 7) for _ in range(6))
+        messages = [
+            {"role": role, "content": content}
+            for text in before
+            for role, content in (("user", f"Repeat after me: {text}"), ("assistant", text))
         ]
-    messages.append({"role": "user", "content": f"Repeat after me: {said}"})
-    output = nano.generate(messages)
-    assert output.usage.prompt_tokens <= limit < output.usage.prompt_tokens + output.usage.completion_tokens
-    assert output.text == said
+        conversations.append([*messages, {"role": "user", "content": f"Repeat after me: {last}"}])
+        said.append(last)
+    outputs = nano.generate(conversations)
+    for output in outputs:
+        assert output.usage.prompt_tokens <= limit < output.usage.prompt_tokens + output.usage.completion_tokens
+    assert sum(output.text == text for output, text in zip(outputs, said, strict=True)) >= 12
