@@ -66,7 +66,7 @@ def test_prefill_xla(draw_cache, dtype, chunk, heads, kv_heads, cache, q_start, 
 
 
 @pytest.fixture
-def check(draw_cache):
+def check(draw_cache, bury):
     """Compares a kernel with `cached_attention`; dead keys are nan."""
 
     def run(attend, dtype, chunk, heads, kv_heads, cache, starts, slots, width=128, q_dtype="bfloat16"):
@@ -75,13 +75,9 @@ def check(draw_cache):
         for slot, start in zip(slots or range(rows), starts, strict=True):
             live[slot, : start + chunk] = True
 
-        def bury(array):  # [C, K, S, ...]
-            dead = {"uint16": 0x7FC0, "int8": -128}.get(array.dtype.name, jnp.nan)
-            return jnp.where(live[:, None, :, *[None] * (array.ndim - 3)], array, jnp.asarray(dead, array.dtype))
-
         q, exact_q = draw((len(starts), chunk, heads, width), q_dtype, 0)
         (k, exact_k), (v, exact_v) = (draw_cache((rows, kv_heads, cache, width), dtype, seed) for seed in (1, 2))
-        k, v = jax.tree.map(bury, (k, v))
+        k, v = bury(k, live), bury(v, live)
         numbers = (None if n is None else jnp.array(n, jnp.int32) for n in (starts, slots))
         out = jax.jit(partial(attend, scale=0.1))(q, k, v, *numbers)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)

@@ -57,9 +57,9 @@ def run_side_by_side(out: Path, processors: Sequence[int], command: Command) -> 
             for name, (_, process) in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[name]
-                    done.add(name)
                     if code:
                         raise StageError(f"stage {name} ended with {code}; what it printed is in {out / name}.txt")
+                    done.add(name)
                     tqdm.write(f"{time.strftime('%H:%M:%S')} {name}: finished", file=sys.stderr)
             bar.update(sum(logged_steps(out / name) for name in STAGES) - bar.n)
             bar.set_postfix_str(", ".join(running))

@@ -43,7 +43,7 @@ _EYE = ("vision.layers.*", "vision.patch_embedding.*", "vision.position_embeddin
 _SPEECH = ("audio.speech_projector.*", "text.layers.*.speech_?")
 _VISION = ("vision.projector.*", "vision.*_separator", "text.layers.*.vision_?")
 
-STAGES = {  # in the order in which two processors finish soonest
+STAGES = {  # free processors take them in this order
     "text": Stage(
         trained=_DECODER,
         batches=partial(TextBatches, add=6, compare=2, count=3, reverse=3),

@@ -242,8 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.stage and (options.adopt or options.on is not None):
         parser.error("--adopt and --on need --stage")
-    if options.processors is not None and options.processors < 1:
-        parser.error("--processors must be at least 1")
+    if options.processors is not None and (options.stage or options.processors < 1):
+        parser.error("--processors must be at least 1, and is for all stages")
+    usable = sorted(os.sched_getaffinity(0))
+    if options.on is not None and options.on not in usable:
+        parser.error(f"--on {options.on}: one of {', '.join(map(str, usable))} expected")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"{options.out}: a directory expected")
     if options.on is not None:
         # Before XLA makes its threads: one for each processor, and two on one would wait for each other.
         os.sched_setaffinity(0, {options.on})
@@ -255,9 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.stage:
             train(options.out, options.stage)
         else:
-            processors = sorted(os.sched_getaffinity(0))[: options.processors]
             command = [sys.executable, "-m", "tools.nano.train", str(options.out)]
-            run_side_by_side(options.out, processors, lambda name, on: [*command, "--stage", name, "--on", str(on)])
+            run_side_by_side(
+                options.out,
+                usable[: options.processors],
+                lambda name, on: [*command, "--stage", name, "--on", str(on)],
+            )
     except (TrainingError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
