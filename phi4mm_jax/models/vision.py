@@ -72,7 +72,8 @@ class VisionModel(nnx.Module):
         x = self.patch_embedding(_patchify(crops, self.config.patch_size))
         x = x + self.position_embedding.get_value()[position_ids].astype(x.dtype)
         for layer in self.layers:
-            x = layer(x, mask)
+            # XLA would keep what every layer adds, in float32, and sum it up where x is read.
+            x = jax.lax.optimization_barrier(layer(x, mask))
         return x
 
     def __call__(self, crops: jax.Array, mask: jax.Array, position_ids: jax.Array) -> jax.Array:

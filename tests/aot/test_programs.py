@@ -153,5 +153,5 @@ def test_encoders(target, placed, array, chip: str, shape: tuple[int, int], enco
             flags, counts = array(steps, jnp.bool_, 2), array(steps, jnp.int32, 2)
             lowered = steps.encode_audio.lower(weights, windows, flags, counts, counts, flags)
         memory = lowered.compile().memory_analysis()
-    # The first convolution of speech has 1024 channels at half of the frames, in float32.
-    assert memory.temp_size_in_bytes < {"images": 64, "speech": 2560}[encoder] * MIB
+    # Four crops have 34 MiB between the MLP's products; a window of speech 157 MiB at half its frames, and some copies.
+    assert memory.temp_size_in_bytes < {"images": 128, "speech": 704}[encoder] * MIB

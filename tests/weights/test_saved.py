@@ -60,12 +60,13 @@ def test_what_is_restored_is_what_was_saved(storage: str, form: str | None, sett
 
 def test_restores_to_other_shardings_and_types(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI4MM_NATIVE", "0")  # one device would round activations
-    alone = load(original, dtypes={"params": "float32"})
+    exact = {"params": "float32", "kv_cache": "float32"}  # a bfloat16 cache rounds two nearly equal keys apart
+    alone = load(original, dtypes=exact)
     assert alone.steps.unpack(alone.weights)["text.norm.weight"].dtype == jnp.float32
-    together = load(original, dtypes={"params": "float32"}, mesh={"model": 2})
+    together = load(original, dtypes=exact, mesh={"model": 2})
     leaf = together.steps.unpack(together.weights)["text.layers.0.mlp.down.weight"]
     assert leaf.values.dtype == jnp.int4 and len(leaf.values.sharding.device_set) == 2
-    np.testing.assert_allclose(together.logits(IDS), alone.logits(IDS), atol=2e-3)
+    np.testing.assert_allclose(together.logits(IDS), alone.logits(IDS), atol=1e-4)
 
 
 def test_the_manifest_says_what_it_is(original: Path) -> None:
