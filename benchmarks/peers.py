@@ -158,8 +158,11 @@ def main() -> None:
     for name in args.contestants:
         pipe, other = context.Pipe()
         context.Process(target=work, args=(name, args, other), daemon=True).start()
-        other.close()  # a process that ends before it is ready is then an EOFError here
-        pipe.recv()
+        other.close()  # otherwise a process that ends would not end its pipe
+        try:
+            pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{name} could not be loaded; its error is above") from None
         pipes.append(pipe)
 
     costs: list[list[tuple[float, float, float, float]]] = [[] for _ in pipes]

@@ -154,4 +154,4 @@ def test_encoders(target, placed, array, chip: str, shape: tuple[int, int], enco
             lowered = steps.encode_audio.lower(weights, windows, flags, counts, counts, flags)
         memory = lowered.compile().memory_analysis()
     # Four crops have 34 MiB between the MLP's products; a window of speech 157 MiB at half its frames, and some copies.
-    assert memory.temp_size_in_bytes < {"images": 128, "speech": 704}[encoder] * MIB
+    assert memory.temp_size_in_bytes < {"images": 192, "speech": 704}[encoder] * MIB
