@@ -140,8 +140,10 @@ def _workspace(steps: Steps, batch: int) -> int:
     patches = engine.crop_buckets[-1] * vision.patches_per_side**2
     scores = patches * vision.patches_per_side**2 * vision.num_heads * wide
     images = patches * (4 * vision.hidden_size + 2 * vision.intermediate_size) * wide + scores
-    frames = engine.audio_buckets[-1] * engine.window_buckets[-1]
-    speech = frames * audio.input_size // 4 * audio.conv_channels * wide * 4  # subsampling: output, padding, sums
+    frames = engine.audio_buckets[-1]
+    speech = frames * audio.input_size // 4 * audio.conv_channels * wide * 2  # one window is subsampled at a time
+    sub_frames = frames // audio.time_reduction * engine.window_buckets[-1]
+    speech += sub_frames * 4 * (audio.hidden_size + audio.intermediate_size) * wide
     return max(prefill, logits, images, speech)
 
 

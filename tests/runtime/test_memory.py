@@ -100,7 +100,7 @@ def test_plan_of_the_released_model_on_cpu(released):
     assert found.cache == 2 * 1024 * (32 * 2 * 8 * 128) * 2  # rows, positions, keys and values of all layers, bytes
     assert 2 * 200064 * 9 < found.sampling < 2 * 200064 * 9 + 1000  # bias, prompt and answer over the vocabulary
     assert found.media == 128 * 2**20  # of the latest pictures and recordings
-    assert 2**30 < found.workspace < 2 * 2**30
+    assert 2**29 < found.workspace < 2**30  # the compiled encoder of speech takes 0.43 GiB
     assert found.total == found.weights + found.cache + found.sampling + found.media + found.workspace
     assert "weights 10.33, cache 0.25, sampling 0.00, media 0.12" in str(found)
 
