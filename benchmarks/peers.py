@@ -148,8 +148,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="processors to use (%(default)s)")
     args = parser.parse_args()
-    if args.tokens < 2:
-        parser.error("--tokens must be at least 2")
+    for option, least in {"prompt": 1, "tokens": 2, "rounds": 1, "threads": 1}.items():
+        if getattr(args, option) < least:
+            parser.error(f"--{option} must be at least {least}")
     # Processes inherit the processors, of which those without an option of their own count their threads.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.threads))
