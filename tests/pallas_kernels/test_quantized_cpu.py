@@ -50,11 +50,11 @@ def reference(x, w):
 
 
 def rounded(x, block):
-    """What the kernel makes of x."""
+    """What the kernel makes of x: with many rows, scales are powers of two."""
     blocks = np.asarray(x).reshape(x.shape[0], -1, block)
     peaks = np.max(np.abs(blocks), axis=-1, keepdims=True)
-    steps = np.round((blocks * (1 / peaks)).astype(np.float64) * 127)
-    return (steps * (peaks / 127)).reshape(x.shape)
+    scales = peaks / 127 if x.shape[0] < MANY_ROWS else 2 ** np.ceil(np.log2(peaks / 127))
+    return (np.round(blocks * (1 / scales)) * scales).reshape(x.shape)
 
 
 def error(y, x, w):
@@ -98,7 +98,8 @@ def test_exact_where_rounding_is(out_features, in_features, rows, bits, group, i
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 def test_error_of_rounding(bits, group, rows, instruction_set):
     x, w = draw(rows, 3072), draw_weight(256, 3072, bits, group)
-    assert np.max(error(product(x, w), x, w)) < 0.015
+    coarser = 2 if rows == MANY_ROWS else 1  # powers of two are up to twice the scales
+    assert np.max(error(product(x, w), x, w)) < 0.015 * coarser
 
 
 @pytest.mark.parametrize("pairs", [1, MANY_ROWS // 2])
@@ -131,8 +132,9 @@ def test_rows_of_zeros_and_tiny_rows(bits, instruction_set):
     w = draw_weight(9, 96, bits, 32)
     y = product(draw(3, 96).at[1].set(0.0).at[2].set(1e-42), w)
     np.testing.assert_array_equal(y[1:], np.zeros((2, 9)))
-    x = draw(1, 96) * 1e-30
-    assert np.max(error(product(x, w), x, w)) < 0.03  # of few columns and rows
+    for rows in (1, MANY_ROWS):
+        x = draw(rows, 96) * 1e-30
+        assert np.max(error(product(x, w), x, w)) < 0.03  # of few columns and rows
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
