@@ -70,14 +70,24 @@ class Attention(nnx.Module):
         adapters: RowAdapters,
         attend: Attend[LayerCache],
         cache: LayerCache,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """Returns the output [B, T, D] and the layer's updated cache; `rope` is of `rotary_table`."""
+        """Returns the output [B, T, D] and the layer's updated cache.
+
+        Args:
+          x: the input.
+          rope: of `rotary_table`.
+          adapters: rows by adapter.
+          attend: attention over the cache.
+          cache: this layer's.
+          wanted: [B] int32, of each row the one token whose output is returned, [B, 1, D]; all if None.
+        """
         batch, length, _ = x.shape
         groups = self.qkv(x, adapters).reshape(batch, length, self.num_kv_heads, -1, self.head_dim)
         q = groups[..., :-2, :].reshape(batch, length, -1, self.head_dim)
         k, v = groups[..., -2, :], groups[..., -1, :]
         out, cache = attend(rotate(q, rope), rotate(k, rope), v, cache)
-        return self.out(merge_heads(out), adapters), cache
+        return self.out(_at(wanted, merge_heads(out)), adapters), cache
 
 
 class GatedMLP(nnx.Module):
@@ -113,10 +123,11 @@ class DecoderLayer(nnx.Module):
         adapters: RowAdapters,
         attend: Attend[LayerCache],
         cache: LayerCache,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """As `Attention`, residuals included."""
-        out, cache = self.attention(self.input_norm(x), rope, adapters, attend, cache)
-        x = x + out
+        out, cache = self.attention(self.input_norm(x), rope, adapters, attend, cache, wanted)
+        x = _at(wanted, x) + out
         return x + self.mlp(self.post_attention_norm(x), adapters), cache
 
 
@@ -139,11 +150,18 @@ class TextModel(nnx.Module):
         adapters: RowAdapters,
         attend: Attend[LayerCache],
         caches: Sequence[LayerCache],
+        wanted: jax.Array | None = None,  # [B] int32: the one token of each row that is returned; all if None
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Runs all layers; returns the normed hidden states [B, T, D] and each layer's updated cache."""
+        """Runs all layers; returns the normed hidden states [B, T or 1, D] and each layer's updated cache."""
         rope = rotary_table(self.config, positions, use_long, x.dtype)
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, rope, adapters, attend, cache)
+            last = len(updated) == len(self.layers) - 1  # of which other tokens need no more than keys and values
+            x, cache = layer(x, rope, adapters, attend, cache, wanted if last else None)
             updated.append(cache)
         return self.norm(x), updated
+
+
+def _at(index: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Of x [B, T, D] the tokens at index [B], as [B, 1, D]; all without one."""
+    return x if index is None else jnp.take_along_axis(x, index[:, None, None], axis=1)

@@ -96,7 +96,7 @@ def _moments(
         for call in plan_prefill([dataclasses.replace(row)], steps.runtime.engine, positions - 1):
             valid = call.starts[:, None] + np.arange(call.size) < call.lengths[:, None]
             valid[call.count :] = False
-            arguments = prefill_arguments(steps, call)
+            arguments = prefill_arguments(steps, call, all_tokens=True)
             caches, seen = steps.prefill_observed(weights.text, caches, *arguments, valid=valid, paths=watched)
             for path, moments in seen.items():
                 sums[tower + path] = sums[tower + path] + moments if tower + path in sums else moments

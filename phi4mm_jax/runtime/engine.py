@@ -265,7 +265,7 @@ class Engine:
         of_work = {row.work.slot: row for row in rows}
         engine = self._steps.runtime.engine
         call = next_call([row.work for row in rows], engine, self.length - 1, longest)
-        caches, _, hidden = run_prefill(self._steps, self._weights, self._state.caches, call)
+        caches, hidden = run_prefill(self._steps, self._weights, self._state.caches, call)
         self._state = dataclasses.replace(self._state, caches=caches)
         self._meter.made("prefill", hidden)
         self.counts.prefill_tokens += call.real_tokens

@@ -131,26 +131,26 @@ def plan_prefill(rows: Sequence[PrefillRow], engine: EngineConfig, room: int) ->
 
 
 def run_prefill(
-    steps: Steps, weights: Weights, caches: list[LayerCache], call: PrefillCall
-) -> tuple[list[LayerCache], jax.Array, jax.Array]:
+    steps: Steps, weights: Weights, caches: list[LayerCache], call: PrefillCall, *, all_tokens: bool = False
+) -> tuple[list[LayerCache], jax.Array]:
     """Runs one call.
 
     Returns:
-      The caches (the given ones are donated), hidden states [R, T, D], and those of each last real token [R, D].
+      The caches (the given ones are donated), and hidden states of each last real token [R, 1, D] or of all [R, T, D].
     """
-    return steps.prefill(weights.text, caches, *prefill_arguments(steps, call))
+    return steps.prefill(weights.text, caches, *prefill_arguments(steps, call, all_tokens=all_tokens))
 
 
-def prefill_arguments(steps: Steps, call: PrefillCall) -> tuple[Any, ...]:
-    """What a call gives to the prefill step, after the weights and the caches."""
+def prefill_arguments(steps: Steps, call: PrefillCall, *, all_tokens: bool) -> tuple[Any, ...]:
+    """What a call gives to the prefill step, after the weights and the caches; wanted are the last tokens or all."""
     tokens = np.full((len(call.rows), call.size), steps.model.tokens.pad, np.int32)
     for i, (row, start) in enumerate(zip(call.rows, call.starts, strict=True)):
         part = row.tokens[start : start + call.size]
         tokens[i, : len(part)] = part
     media, is_media = _place_media(steps, call)
-    last = np.minimum(call.starts + call.size, call.lengths) - call.starts - 1
+    wanted = None if all_tokens else np.minimum(call.starts + call.size, call.lengths) - call.starts - 1
     adapters = adapter_rows([row.adapter for row in call.rows])
-    return tokens, media, is_media, call.slots, call.starts, last, call.use_long, adapters
+    return tokens, media, is_media, call.slots, call.starts, wanted, call.use_long, adapters
 
 
 def _place_media(steps: Steps, call: PrefillCall) -> tuple[jax.Array | None, np.ndarray | None]:

@@ -37,7 +37,7 @@ def score(steps: Steps, weights: Weights, prompt: Prompt) -> np.ndarray:
     caches = steps.new_state(1, positions).caches
     logits = np.empty((length, text.vocab_size), np.float32)
     for call in plan_prefill([row], engine, positions - 1):
-        caches, hidden, _ = run_prefill(steps, weights, caches, call)
+        caches, hidden = run_prefill(steps, weights, caches, call, all_tokens=True)
         chunk = logits[call.starts[0] : call.starts[0] + call.size]
         chunk[:] = np.asarray(steps.logits(weights.text, hidden))[0, : len(chunk)]
     return logits

@@ -230,14 +230,13 @@ class Steps:
         is_media: jax.Array | None,  # [R, T] bool
         slots: jax.Array,  # [R] int32: cache row of each prompt
         starts: jax.Array,  # [R] int32: position of the chunk's first token
-        last: jax.Array,  # [R] int32: index of the chunk's last real token
+        wanted: jax.Array | None,  # [R] int32: index of the token in the chunk whose hidden state is returned
         use_long: jax.Array,  # [R] bool
         adapters: RowAdapters,
-    ) -> tuple[list[LayerCache], jax.Array, jax.Array]:
-        """Appends a chunk of R prompts to their rows.
+    ) -> tuple[list[LayerCache], jax.Array]:
+        """Appends a chunk of R prompts to their rows; returns the caches and hidden states [R, 1, D], or all [R, T, D].
 
-        Returns:
-          The caches, the hidden states [R, T, D] and those of the last real tokens [R, D].
+        One token instead of all saves most of the last layer: of the others it needs no more than keys and values.
         """
         text = self._towers["text"].merge(leaves)
         x = text.embed.encode(tokens, self.activation_dtype)
@@ -247,8 +246,8 @@ class Steps:
         attend = prefill_attend(
             slots, starts, scale=self._attention_scale, block_size=self.runtime.engine.prefill_block
         )
-        hidden, caches = text(x, positions, use_long, adapters, attend, caches)
-        return caches, hidden, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        hidden, caches = text(x, positions, use_long, adapters, attend, caches, wanted)
+        return caches, hidden
 
     def _prefill_observed(
         self, leaves: Leaves, caches: list[LayerCache], *arguments: Any, valid: jax.Array, paths: frozenset[str]
@@ -258,7 +257,7 @@ class Steps:
         Args:
           leaves: of the decoder.
           caches: as in `_prefill`.
-          *arguments: the others of `_prefill`.
+          *arguments: the others of `_prefill`, all tokens wanted.
           valid: [R, T] bool, the positions that count.
           paths: weights, dotted, the tower left out.
 
@@ -275,7 +274,7 @@ class Steps:
             return Observed(leaf, see) if path in paths else leaf
 
         watched = tuple(map(observed, self._towers["text"].paths, leaves))
-        caches, *_ = self._prefill(watched, caches, *arguments)
+        caches, _ = self._prefill(watched, caches, *arguments)
         return caches, moments
 
     def _logits(self, leaves: Leaves, hidden: jax.Array) -> jax.Array:
@@ -292,7 +291,7 @@ class Steps:
         leaves: Leaves,
         state: DecodeState,
         slots: jax.Array,  # [R] int32; rows that only fill the call have slots beyond the batch
-        hidden: jax.Array,  # [R, D] of each prompt's last token
+        hidden: jax.Array,  # [R, 1, D] of each prompt's last token
         lengths: jax.Array,  # [R] int32: prompt length
         use_long: jax.Array,  # [R] bool
         kind: SamplingKind,
@@ -300,7 +299,7 @@ class Steps:
         history: jax.Array | None = None,  # [R, S] int32: the prompts, where steps guess
     ) -> tuple[DecodeState, Drawn]:
         """Draws the token after a prefill and lets the rows decode."""
-        logits = self._towers["text"].merge(leaves).embed.attend(hidden)
+        logits = self._towers["text"].merge(leaves).embed.attend(hidden[:, 0])
         rows = jax.tree.map(lambda a: a[slots], state.sampling)
         tokens, goes_on, logprobs, rows = sample(logits, rows, jnp.ones(slots.shape, jnp.bool_), kind, allowed)
 
