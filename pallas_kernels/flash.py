@@ -17,6 +17,15 @@ def check(operator: str, k: KV, v: KV) -> None:
         raise NotImplementedError(f"{operator} on a TPU: heads of a multiple of 128, not {k.shape[3]}")
 
 
+def in_memory(kv: KV) -> KV:
+    """Keys or values that stay in HBM: XLA would bring a small cache to the chip and back, whole, to write to it there.
+
+    Only a program's arrays can be told so, not those that lie there already.
+    """
+    traced = isinstance(jax.tree.leaves(kv)[0], jax.core.Tracer)
+    return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), kv) if traced else kv
+
+
 def live_blocks(lengths: jax.Array, block: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Lines the live blocks of all rows up, one row after the other.
 

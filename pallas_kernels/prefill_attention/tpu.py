@@ -74,6 +74,7 @@ def prefill_attention(
     values = pl.BlockSpec((1, 1, keys, h), of_keys)
     cache = QuantizedKV(values, pl.BlockSpec((1, kv_heads, keys), of_scales)) if isinstance(k, QuantizedKV) else values
     whole = pl.BlockSpec((1, queries, width), of_queries)
+    kept = (k, v) if interpret else (flash.in_memory(k), flash.in_memory(v))
     out = pl.pallas_call(
         functools.partial(_step, scale=scale, parts=parts),
         out_shape=jax.ShapeDtypeStruct((b, t, n * h), q.dtype),
@@ -87,7 +88,7 @@ def prefill_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name=f"prefill_attention_{queries}x{keys}",
-    )(blocks, indices, lengths, q_start, slots, q.reshape(b, t, n * h).astype(product_dtype(k)), k, v)
+    )(blocks, indices, lengths, q_start, slots, q.reshape(b, t, n * h).astype(product_dtype(k)), *kept)
     return out.reshape(b, t, n, h)
 
 

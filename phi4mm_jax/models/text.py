@@ -101,8 +101,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, adapters: RowAdapters) -> jax.Array:
         """Maps x [B, T, D] to the same."""
-        groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, 2, -1)
-        gate, up = groups[..., 0, :], groups[..., 1, :]
+        groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, -1)
+        gate, up = jnp.split(groups, 2, axis=-1)
         return self.down((up * in_float32(jax.nn.silu, gate)).reshape(*x.shape[:2], -1), adapters)
 
 

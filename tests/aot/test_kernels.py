@@ -14,6 +14,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import tpu as decode_tpu
 from pallas_kernels.kv import encode
 from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul.tpu import LANES
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized import Format, QuantizedArray
 
@@ -62,7 +63,10 @@ def test_matmul(compile_for, chip: str, name: str, form: Format, rows: int) -> N
     compiled = compile_for(chip, matmul, x, w)  # the default choice on this chip
     assert f"%matmul_int{form.bits}_" in compiled.as_text()
     # Scales may be turned round, activations padded or rounded; the weight, half a byte a value, is read as it lies.
-    assert compiled.memory_analysis().temp_size_in_bytes < w.values.size // 8 + 4 * x.size
+    most = w.values.size // 8 + 4 * x.size
+    if form.activations == "int8" and form.group_size < LANES:
+        most += 4 * LANES * w.shape[1]  # XLA finds the largest of a narrow group with the rows, up to 64, in the lanes
+    assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
 @pytest.mark.parametrize(("name", "rows"), [("gate_up", 1), ("gate_up", 8), ("down", 8), ("out", 512)])
