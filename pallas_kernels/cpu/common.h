@@ -59,7 +59,7 @@ inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, size_t m
   job->run = std::move(run);
   job->rows = rows;
   const size_t bytes = std::max(kSmallestChunkBytes, std::min(kChunkBytes, rows * row_bytes / (8 * threads)));
-  job->chunk_rows = std::min(kChunkRows, std::max(multiple, bytes / row_bytes / multiple * multiple));
+  job->chunk_rows = std::max(multiple, std::min(kChunkRows, bytes / row_bytes) / multiple * multiple);
   job->chunks = (rows + job->chunk_rows - 1) / job->chunk_rows;
 
   for (size_t i = 1; i < std::min(threads, job->chunks); ++i) pool.Schedule([job] { job->Work(); });
