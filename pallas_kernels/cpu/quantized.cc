@@ -2,7 +2,8 @@
 // that it shares with a group of columns of its row.
 //
 // x is rounded to 8 bits, each row and block of columns with a scale of its own, and the products of a block are summed
-// in integers. As with 16 bits, the time is that of reading w once.
+// in integers. As with 16 bits, the time is that of reading w once; with many rows it is that of the products, and the
+// scales of x are powers of two.
 
 #include <cfloat>
 #include <cmath>

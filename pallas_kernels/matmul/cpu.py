@@ -25,7 +25,7 @@ def matmul(
     There is no derivative, and `vmap` is a loop. XLA does not partition the call: over several devices see `partition`.
 
     With a quantized weight x is rounded to int8, each row and block of at most 128 columns with a scale of its own,
-    whatever the weight says of `activations`; a row that is not finite in a block becomes nan.
+    whatever the weight says of `activations`, from 24 rows on a power of two; a row that is not finite becomes nan.
 
     Raises:
       NotImplementedError: another platform, type of weight, size of its groups or number of rows, or there are no
