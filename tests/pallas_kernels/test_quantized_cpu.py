@@ -137,6 +137,20 @@ def test_rows_of_zeros_and_tiny_rows(bits, instruction_set):
         assert np.max(error(product(x, w), x, w)) < 0.03  # of few columns and rows
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_exponents_do_not_overflow(bits, instruction_set):
+    """With many rows scales of blocks are added to the exponents of scales of weights."""
+    w = draw_weight(9, 256, bits, 128)
+    x = draw(MANY_ROWS, 256).at[:, :128].multiply(1e30)
+    hidden = QuantizedArray(w.values.at[:, :128].set(0), w.scales)
+    np.testing.assert_array_equal(product(x, hidden), np.zeros((MANY_ROWS, 9)))  # 64 powers of two below the largest
+    nothing = QuantizedArray(w.values, w.scales.at[4].set(0))
+    x = draw(MANY_ROWS, 256).at[:, :128].multiply(1e-9)
+    y = product(x, nothing)
+    np.testing.assert_allclose(y[:, 4], np.zeros(MANY_ROWS), atol=1e-12)
+    np.testing.assert_array_equal(np.delete(y, 4, axis=1), np.delete(product(x, w), 4, axis=1))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_becomes_nan_in_its_row(bad, instruction_set):
     for rows in (3, MANY_ROWS):
