@@ -17,13 +17,14 @@ def check(operator: str, k: KV, v: KV) -> None:
         raise NotImplementedError(f"{operator} on a TPU: heads of a multiple of 128, not {k.shape[3]}")
 
 
-def in_memory(kv: KV) -> KV:
-    """Keys or values that stay in HBM: XLA would bring a small cache to the chip and back, whole, to write to it there.
+def in_memory(kv: tuple[KV, KV], interpret: bool | pltpu.InterpretParams) -> tuple[KV, KV]:
+    """Keys and values that stay in HBM: XLA would bring a small cache to the chip and back, whole, to write to it.
 
-    Only a program's arrays can be told so, not those that lie there already.
+    Only what is compiled can be told so, and of that a program's arrays, not those that lie there already.
     """
-    traced = isinstance(jax.tree.leaves(kv)[0], jax.core.Tracer)
-    return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), kv) if traced else kv
+    if interpret or not isinstance(jax.tree.leaves(kv)[0], jax.core.Tracer):
+        return kv
+    return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), kv)
 
 
 def live_blocks(lengths: jax.Array, block: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:

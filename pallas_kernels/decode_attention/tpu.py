@@ -58,7 +58,7 @@ def decode_attention(
     scales = pl.BlockSpec((1, kv_heads, block), lambda half, i, rows, blocks, _: (rows[i], 0, blocks[i]))
     queries = pl.BlockSpec((1, heads, group, h), lambda half, i, rows, *_: (rows[i], half, 0, 0))
     cache = QuantizedKV(values, scales) if isinstance(k, QuantizedKV) else values
-    kept = (k, v) if interpret else (flash.in_memory(k), flash.in_memory(v))
+    kept = flash.in_memory((k, v), interpret)
     out = pl.pallas_call(
         functools.partial(_step, scale=scale, block=block),
         out_shape=jax.ShapeDtypeStruct((b, kv_heads, group, h), q.dtype),

@@ -74,7 +74,7 @@ def prefill_attention(
     values = pl.BlockSpec((1, 1, keys, h), of_keys)
     cache = QuantizedKV(values, pl.BlockSpec((1, kv_heads, keys), of_scales)) if isinstance(k, QuantizedKV) else values
     whole = pl.BlockSpec((1, queries, width), of_queries)
-    kept = (k, v) if interpret else (flash.in_memory(k), flash.in_memory(v))
+    kept = flash.in_memory((k, v), interpret)
     out = pl.pallas_call(
         functools.partial(_step, scale=scale, parts=parts),
         out_shape=jax.ShapeDtypeStruct((b, t, n * h), q.dtype),
