@@ -12,6 +12,8 @@ from tools import notebooks
 
 NAMES = notebooks.names()
 MOST_BYTES = 700_000
+LONG = {"02_images", "03_speech", "05_kernels_and_quantization"}
+"""Those that take half a minute each, with what other tests see too."""
 
 
 def committed(name: str) -> NotebookNode:
@@ -31,7 +33,9 @@ def test_both_forms_are_there() -> None:
     assert NAMES and NAMES == sorted(path.stem for path in notebooks.DIRECTORY.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
+)
 def test_it_runs_and_shows_the_same_kinds_of_things(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for setting in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "MPLBACKEND", "XLA_FLAGS"):
         monkeypatch.delenv(setting, raising=False)  # of the tests; a reader's kernel has none of them

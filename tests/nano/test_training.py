@@ -123,6 +123,7 @@ class Interrupted(progress.Progress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the training libraries
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_SECONDS_PER_CHECKPOINT", 0.0)
