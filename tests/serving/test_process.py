@@ -55,7 +55,8 @@ def test_ctrl_c_lets_answers_finish(process):
 def test_a_second_ctrl_c_does_not_wait(process):
     process, url = process
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=ENDLESS | {"max_tokens": 1900}, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: an iterator that is dropped ends the answer
+        next(lines)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert process.poll() is None
