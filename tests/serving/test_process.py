@@ -12,6 +12,7 @@ import time
 import httpx
 import pytest
 
+from pallas_kernels.cpu import library
 from phi4mm_jax import Phi4MM
 from phi4mm_jax.demo import read_cases
 from phi4mm_jax.runtime.compilation import watch_compilations
@@ -24,6 +25,7 @@ ENDLESS = {"messages": [{"role": "user", "content": "What is 21 plus 84?"}], "ig
 @pytest.fixture
 def process():
     """The process and its URL."""
+    library.available()  # compiled now: the first answer would wait for it longer than a server does that ends
     with subprocess.Popen([*COMMAND, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
