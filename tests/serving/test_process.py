@@ -42,7 +42,7 @@ def test_ctrl_c_lets_answers_finish(process):
         lines = answer.iter_lines()
         next(lines)
         process.send_signal(signal.SIGINT)
-        # What it had not accepted yet when it stopped listening is reset.
+        # What comes while it stops listening is refused, reset or closed without an answer.
         with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
             while True:
                 httpx.get(f"{url}/health")
