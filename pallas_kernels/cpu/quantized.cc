@@ -1,6 +1,9 @@
 // x @ w.T of few rows x [M, K] in float32 and a weight [N, K] of 8 or 4 bit integers as it lies, each times a scale
 // that it shares with a group of columns of its row.
 //
+// Or, gated, up * silu(gate), where w has groups of rows of which one half gives gates and the other half what they let
+// through.
+//
 // x is rounded to 8 bits, each row and block of columns with a scale of its own, and the products of a block are summed
 // in integers. As with 16 bits, the time is that of reading w once; with many rows it is that of the products, and the
 // scales of x are powers of two.
@@ -26,18 +29,27 @@ struct Product {
   const uint8_t* w;  // [n, k], with 4 bits the lower half of a byte is the even column
   const void* scales;  // [n, groups]
   bool float32_scales;  // otherwise bfloat16
-  float* out;  // [m, n]
+  float* out;  // [m, outputs]
   size_t m, n, k, groups;
   size_t repeat;  // blocks that share a scale
+  size_t gates;  // rows of w that follow each other, before as many that they are for; 0 if nothing is gated
   uint8_t* packed;  // x, tile by tile
+
+  size_t Parts() const { return gates > 0 ? 2 : 1; }
+  size_t Outputs() const { return n / Parts(); }
+
+  // Of w, that gives a part of an output: the gate, then what it is for.
+  size_t Row(size_t output, size_t part) const {
+    return gates > 0 ? (output / gates * 2 + part) * gates + output % gates : output;
+  }
 };
 
 struct Kernel {
   size_t tile;  // rows of x that are packed together
   size_t (*tile_bytes)(size_t k);
   void (*pack)(const Product& product, size_t begin, size_t end);  // these tiles
-  void (*run)(const Product& product, size_t begin, size_t end);  // these rows of w
-  size_t multiple;  // of rows of w, which `run` is best given
+  void (*run)(const Product& product, size_t begin, size_t end);  // these outputs
+  size_t multiple;  // of outputs, which `run` is best given
 };
 
 // For each set:
@@ -112,7 +124,7 @@ Kernel Choose(bool many, bool bytes, size_t block, int64_t widest) {
 }
 
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scales,
-                           ffi::Result<ffi::BufferR2<ffi::F32>> out, int64_t widest) {
+                           ffi::Result<ffi::BufferR2<ffi::F32>> out, int64_t gated_groups, int64_t widest) {
   if (w.element_type() != ffi::S8 && w.element_type() != ffi::S4) {
     return ffi::Error::InvalidArgument("quantized matmul: a weight of int8 or int4 expected");
   }
@@ -125,6 +137,9 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   if (k % groups != 0 || size % 32 != 0 || (groups > 1 && size != 32 && size != 64 && size % kWidestBlock != 0)) {
     return ffi::Error::InvalidArgument("quantized matmul: groups of 32, 64 or a multiple of 128 columns expected");
   }
+  if (gated_groups > 0 && (m < kManyRowsOfX || n % (2 * gated_groups) != 0)) {
+    return ffi::Error::InvalidArgument("quantized matmul: gated, many rows of x and whole groups of w expected");
+  }
   const size_t block = size == 32 || size == 64 ? size : kWidestBlock;
   const Kernel kernel = Choose(m >= kManyRowsOfX, bytes, block, widest);
   const size_t tiles = (m + kernel.tile - 1) / kernel.tile, tile_bytes = kernel.tile_bytes(k);
@@ -132,10 +147,11 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   packed.resize(std::max(packed.size(), (tiles * tile_bytes + sizeof(Line) - 1) / sizeof(Line)));
   const Product product = {x.typed_data(), reinterpret_cast<const uint8_t*>(w.untyped_data()), scales.untyped_data(),
                            scales.element_type() == ffi::F32, out->typed_data(), m, n, k, groups,
-                           (size + block - 1) / block, packed.data()->bytes};
+                           (size + block - 1) / block, gated_groups > 0 ? n / (2 * gated_groups) : 0,
+                           packed.data()->bytes};
   Share(pool, tiles, tile_bytes, /*multiple=*/1,
         [=](size_t begin, size_t end) { kernel.pack(product, begin, end); });
-  Share(pool, n, bytes ? k : k / 2, kernel.multiple,
+  Share(pool, product.Outputs(), product.Parts() * (bytes ? k : k / 2), kernel.multiple,
         [=](size_t begin, size_t end) { kernel.run(product, begin, end); });
   return ffi::Error::Success();
 }
@@ -149,4 +165,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Phi4mmQuantizedMatmul, QuantizedMatmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<int64_t>("gated_groups")
                                   .Attr<int64_t>("widest"));

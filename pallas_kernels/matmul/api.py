@@ -55,6 +55,54 @@ def matmul(
     return (y + _offsets_product(x, w.offsets)).astype(out_dtype)
 
 
+def gated_matmul(
+    x: jax.Array,
+    w: jax.Array | QuantizedArray | Observed,
+    *,
+    groups: int,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    names: Names | None = None,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """Returns `gated(matmul(x, w), groups)`, where a kernel can in one pass.
+
+    Args:
+      x: as in `matmul`.
+      w: [N, K], as in `matmul`.
+      groups: of w's rows; divides N, and a group has an even number of rows.
+      out_dtype: type of the result; default x's.
+      names: as in `matmul`.
+      implementation: see `dispatch.run`; "xla" gates what `matmul` returns, with any kernel if that is not asked for.
+
+    Returns:
+      [..., N / 2] of `out_dtype`.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+
+    def apart(x: jax.Array, w: jax.Array | QuantizedArray | Observed, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+        return gated(matmul(x, w, out_dtype=out_dtype, names=names, implementation=implementation), groups)
+
+    backends = {"cpu": partial(cpu.matmul, gated_groups=groups), "xla": apart}
+    return dispatch.run("gated_matmul", backends, implementation, x, w, out_dtype=out_dtype)
+
+
+def gated(x: jax.Array, groups: int) -> jax.Array:
+    """Cuts the last axis of x [..., N] into groups of gates and as many values: values * silu(gates) [..., N / 2].
+
+    The function silu is computed in float32.
+
+    Raises:
+      ValueError: the groups are not whole.
+    """
+    if x.shape[-1] % (2 * groups):
+        raise ValueError(f"gated: {groups} groups of two halves expected, got x {x.shape}")
+    gate, up = jnp.split(x.reshape(*x.shape[:-1], groups, -1), 2, axis=-1)
+    return (up * jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
 def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:
     """Offsets [N, G] times the sums of the groups of x [..., K]: float32 [..., N]."""
     groups = x.reshape(*x.shape[:-1], offsets.shape[1], -1)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.matmul import gated, gated_matmul
 from phi4mm_jax.models.layers import param, product
 
 ADAPTERS = ("vision", "speech")
@@ -43,3 +44,9 @@ class LoraLinear(nnx.Module):
             low = jnp.where(rows[:, None, None], low, jnp.zeros_like(low))
             y = y + product(low, getattr(self, f"{name}_b"))
         return y
+
+    def gated(self, x: jax.Array, adapters: RowAdapters, groups: int) -> jax.Array:
+        """Maps x [B, T, in] to [B, T, out / 2], gated (see `pallas_kernels.matmul.gated`) by groups of outputs."""
+        if adapters:
+            return gated(self(x, adapters), groups)
+        return gated_matmul(x, self.weight.get_value(), groups=groups, names=self.weight.get_metadata()["axes"])

@@ -16,7 +16,7 @@ from flax import nnx
 
 from pallas_kernels.quantized import take
 from phi4mm_jax.config import ModelConfig
-from phi4mm_jax.models.layers import RMSNorm, in_float32, merge_heads, param, product
+from phi4mm_jax.models.layers import RMSNorm, merge_heads, param, product
 from phi4mm_jax.models.lora import LoraLinear, RowAdapters
 from phi4mm_jax.models.rope import rotary_table, rotate
 
@@ -101,9 +101,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, adapters: RowAdapters) -> jax.Array:
         """Maps x [B, T, D] to the same."""
-        groups = self.gate_up(x, adapters).reshape(*x.shape[:2], self.num_groups, -1)
-        gate, up = jnp.split(groups, 2, axis=-1)
-        return self.down((up * in_float32(jax.nn.silu, gate)).reshape(*x.shape[:2], -1), adapters)
+        return self.down(self.gate_up.gated(x, adapters, self.num_groups), adapters)
 
 
 class DecoderLayer(nnx.Module):
