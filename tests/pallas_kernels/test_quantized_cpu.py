@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import cpu, gated, gated_matmul, matmul
+from pallas_kernels.observed import Observed
 from pallas_kernels.quantized import QuantizedArray
 
 MANY_ROWS = 26
@@ -139,7 +140,7 @@ def test_rows_of_zeros_and_tiny_rows(bits, instruction_set):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_exponents_do_not_overflow(bits, instruction_set):
-    """With many rows scales of blocks are added to the exponents of scales of weights."""
+    """With many rows sums of a block are the lower bits of floats, whose exponents are the block's scale."""
     w = draw_weight(9, 256, bits, 128)
     x = draw(MANY_ROWS, 256).at[:, :128].multiply(1e30)
     hidden = QuantizedArray(w.values.at[:, :128].set(0), w.scales)
@@ -147,7 +148,7 @@ def test_exponents_do_not_overflow(bits, instruction_set):
     nothing = QuantizedArray(w.values, w.scales.at[4].set(0))
     x = draw(MANY_ROWS, 256).at[:, :128].multiply(1e-9)
     y = product(x, nothing)
-    np.testing.assert_allclose(y[:, 4], np.zeros(MANY_ROWS), atol=1e-12)
+    np.testing.assert_array_equal(y[:, 4], np.zeros(MANY_ROWS))
     np.testing.assert_array_equal(np.delete(y, 4, axis=1), np.delete(product(x, w), 4, axis=1))
 
 
@@ -156,6 +157,78 @@ def test_what_is_not_finite_becomes_nan_in_its_row(bad, instruction_set):
     for rows in (3, MANY_ROWS):
         y = product(draw(rows, 320).at[1, 200].set(bad), draw_weight(9, 320, 4, 64))
         np.testing.assert_array_equal(np.isnan(y), np.arange(rows)[:, None].repeat(9, axis=1) == 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_scale_that_is_not_a_number_shows(bits, instruction_set):
+    w = draw_weight(9, 320, bits, 64)
+    broken = QuantizedArray(w.values, w.scales.at[7, 2].set(np.nan))
+    for rows in (3, MANY_ROWS):
+        y = product(draw(rows, 320), broken)
+        np.testing.assert_array_equal(np.isnan(y), np.arange(9)[None, :].repeat(rows, axis=0) == 7)
+
+
+def gate(x, w, groups, implementation="cpu"):
+    return jax.jit(lambda x, w: gated_matmul(x, w, groups=groups, implementation=implementation))(x, w)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 128), (8, None)])
+@pytest.mark.parametrize(
+    ("groups", "gates", "in_features", "rows"),
+    [
+        (1, 1, 128, (24,)),
+        (3, 5, 384, (31,)),
+        (1, 48, 256, (24, 40)),  # whole panels
+        (8, 100, 512, (26, 77)),  # panels of several groups
+        (2, 700, 256, (29,)),  # several chunks for the threads
+    ],
+)
+def test_gated(groups, gates, in_features, rows, bits, group, instruction_set):
+    """The same sums as without the gate, of which only the exponential is another one."""
+    w = draw_weight(2 * groups * gates, in_features, bits, group)
+    w = QuantizedArray(w.values, w.scales / 32)
+    for m in rows:
+        x = draw(m, in_features)
+        y = gate(x, w, groups)
+        assert (y.shape, y.dtype) == ((m, groups * gates), jnp.float32)
+        expected = gated(product(x, w), groups)
+        np.testing.assert_allclose(y, expected, rtol=2e-6, atol=1e-30)
+
+
+def test_gates_that_are_wide_open_or_shut(instruction_set):
+    """Far beyond the range of the exponential."""
+    w = QuantizedArray(jnp.ones((2, 32), jnp.int8), jnp.ones((2, 1), jnp.float32))
+    x = jnp.zeros((MANY_ROWS, 32)).at[:, 0].set(jnp.linspace(-1e4, 1e4, MANY_ROWS)).at[3].set(0).at[4, 7].set(np.nan)
+    y = gate(x, w, 1)
+    sums = np.asarray(product(x, w), np.float64)[:, 0]
+    expected = np.where(sums > 0, sums**2, 0)
+    np.testing.assert_allclose(y[:, 0], expected, rtol=1e-6, atol=1e-25)
+    assert np.isnan(y[4, 0])
+
+
+def test_what_is_gated_after_the_product(kernels):
+    """What the kernel does not do, and what several devices, other platforms and an observer need."""
+    x, w = draw(MANY_ROWS, 64), draw_weight(12, 64, 4, 32)
+    for few in (1, 23):
+        with pytest.raises(NotImplementedError, match="24 rows or more, few bits, no offsets"):
+            gate(x[:few], w, 3)
+        np.testing.assert_array_equal(gate(x[:few], w, 3, None), gated(product(x[:few], w), 3))
+    for other in (w.dequantize(jnp.bfloat16), QuantizedArray(w.values, w.scales, offsets=w.scales)):
+        with pytest.raises(NotImplementedError, match="24 rows or more, few bits, no offsets"):
+            gate(x, other, 3)
+    np.testing.assert_array_equal(gate(x, w, 3, "xla"), gated(matmul(x, w, implementation="xla"), 3))
+    seen = []
+    y = gated_matmul(x, Observed(w.dequantize(jnp.float32), seen.append), groups=3)
+    assert y.shape == (MANY_ROWS, 6) and len(seen) == 1
+    with pytest.raises(ValueError, match=r"5 groups of two halves expected, got x \(26, 12\)"):
+        gate(x, w, 5, None)
+
+
+def test_many_rows_of_whole_models_are_gated_by_the_kernel(kernels):
+    lowered = jax.jit(lambda x, w: gated_matmul(x, w, groups=2)).lower(
+        draw(cpu.MANY_ROWS, 64), draw_weight(8, 64, 4, 32)
+    )
+    assert "gated_groups = 2 : i64" in lowered.as_text()
 
 
 @pytest.mark.parametrize(("rows", "fewer"), [(16, (1, 2, 3, 8)), (40, (24, MANY_ROWS, 31))])
