@@ -44,8 +44,7 @@ def matmul(
     if isinstance(w, Observed):
         w.see(x)
         w = w.weight
-    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
+    _check_shapes(x, w)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     by_names = None if names is None else partial(spread, names=names)
     run = partial(dispatch.run, "matmul", BACKENDS, implementation, spread=by_names)
@@ -80,6 +79,7 @@ def gated_matmul(
     Raises:
       ValueError: the shapes do not fit.
     """
+    _check_shapes(x, w.weight if isinstance(w, Observed) else w)
     out_dtype = x.dtype if out_dtype is None else out_dtype
 
     def apart(x: jax.Array, w: jax.Array | QuantizedArray | Observed, out_dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -101,6 +101,11 @@ def gated(x: jax.Array, groups: int) -> jax.Array:
         raise ValueError(f"gated: {groups} groups of two halves expected, got x {x.shape}")
     gate, up = jnp.split(x.reshape(*x.shape[:-1], groups, -1), 2, axis=-1)
     return (up * jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
+def _check_shapes(x: jax.Array, w: jax.Array | QuantizedArray) -> None:
+    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
 
 
 def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:

@@ -220,6 +220,8 @@ def test_what_is_gated_after_the_product(kernels):
     assert y.shape == (MANY_ROWS, 6) and len(seen) == 1
     with pytest.raises(ValueError, match=r"5 groups of two halves expected, got x \(26, 12\)"):
         gate(x, w, 5, None)
+    with pytest.raises(ValueError, match=r"got \(26, 32\) and \(12, 64\)"):
+        gate(x[:, :32], w, 3)
 
 
 def test_the_kernel_gates_many_rows_unless_told_otherwise(kernels):
