@@ -36,17 +36,41 @@ constexpr size_t kChunkBytes = 256 << 10;  // what a thread takes of it at once:
 constexpr size_t kSmallestChunkBytes = 32 << 10;
 constexpr size_t kChunkRows = 128;
 
-// Work that threads share. Each takes chunks of rows until there are none.
+// Work that threads share. Each has a stretch of the chunks, which it takes one after the other, so that what it fetches
+// ahead is its own; then it takes those of the others, from the last on.
 struct Job {
   std::function<void(size_t begin, size_t end)> run;
   size_t rows, chunk_rows, chunks;
-  std::atomic<size_t> taken{0}, finished{0};
+  std::vector<std::atomic<uint64_t>> stretches;  // the first chunk that is left in the upper half, the end in the lower
+  std::atomic<size_t> started{0}, finished{0};
+
+  Job(std::function<void(size_t, size_t)> run, size_t rows, size_t chunk_rows, size_t threads)
+      : run(std::move(run)), rows(rows), chunk_rows(chunk_rows), chunks((rows + chunk_rows - 1) / chunk_rows),
+        stretches(std::min(threads, chunks)) {
+    for (size_t i = 0; i < stretches.size(); ++i) {
+      stretches[i] = i * chunks / stretches.size() << 32 | (i + 1) * chunks / stretches.size();
+    }
+  }
+
+  // Takes the first or the last chunk that is left of a stretch; `chunks` if there is none.
+  size_t Take(std::atomic<uint64_t>& stretch, bool first) {
+    uint64_t left = stretch.load(std::memory_order_relaxed), after;
+    do {
+      if (left >> 32 == (left & UINT32_MAX)) return chunks;
+      after = first ? left + (uint64_t{1} << 32) : left - 1;
+    } while (!stretch.compare_exchange_weak(left, after, std::memory_order_relaxed));
+    return first ? left >> 32 : after & UINT32_MAX;
+  }
 
   void Work() {
-    for (size_t chunk; (chunk = taken.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-      const size_t begin = chunk * chunk_rows;
-      run(begin, std::min(begin + chunk_rows, rows));
-      finished.fetch_add(1, std::memory_order_release);
+    const size_t own = started.fetch_add(1, std::memory_order_relaxed);
+    for (size_t i = 0; i < stretches.size(); ++i) {
+      auto& stretch = stretches[(own + i) % stretches.size()];
+      for (size_t chunk; (chunk = Take(stretch, /*first=*/i == 0)) < chunks;) {
+        const size_t begin = chunk * chunk_rows;
+        run(begin, std::min(begin + chunk_rows, rows));
+        finished.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 };
@@ -56,15 +80,11 @@ struct Job {
 inline void Share(ffi::ThreadPool& pool, size_t rows, size_t row_bytes, size_t multiple,
                   std::function<void(size_t, size_t)> run) {
   const size_t threads = std::max<int64_t>(1, pool.num_threads());
-  // Late tasks find no chunk left, after this call has returned: they own the job too.
-  auto job = std::make_shared<Job>();
-  job->run = std::move(run);
-  job->rows = rows;
   const size_t bytes = std::max(kSmallestChunkBytes, std::min(kChunkBytes, rows * row_bytes / (8 * threads)));
-  job->chunk_rows = std::max(multiple, std::min(kChunkRows, bytes / row_bytes) / multiple * multiple);
-  job->chunks = (rows + job->chunk_rows - 1) / job->chunk_rows;
-
-  for (size_t i = 1; i < std::min(threads, job->chunks); ++i) pool.Schedule([job] { job->Work(); });
+  const size_t chunk_rows = std::max(multiple, std::min(kChunkRows, bytes / row_bytes) / multiple * multiple);
+  // Late tasks find no chunk left, after this call has returned: they own the job too.
+  const auto job = std::make_shared<Job>(std::move(run), rows, chunk_rows, threads);
+  for (size_t i = 1; i < job->stretches.size(); ++i) pool.Schedule([job] { job->Work(); });
   job->Work();
   // Chunks that another thread is at work on. Tasks that have not started are not waited for.
   for (int spins = 0; job->finished.load(std::memory_order_acquire) < job->chunks; ++spins) {

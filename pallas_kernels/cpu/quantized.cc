@@ -1,8 +1,8 @@
-// x @ w.T of few rows x [M, K] in float32 and a weight [N, K] of 8 or 4 bit integers as it lies, each times a scale
+// x @ w.T of rows x [M, K] in float32 and a weight [N, K] of 8 or 4 bit integers as it lies, each times a scale
 // that it shares with a group of columns of its row.
 //
-// Or, gated, up * silu(gate), where w has groups of rows of which one half gives gates and the other half what they let
-// through.
+// Or, gated, with many rows of x, up * silu(gate): w has groups of rows of which one half gives gates and the other half
+// what they let through.
 //
 // x is rounded to 8 bits, each row and block of columns with a scale of its own, and the products of a block are summed
 // in integers. As with 16 bits, the time is that of reading w once; with many rows it is that of the products, and the
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr size_t kWidestBlock = 128;  // columns that x is rounded in at most
-constexpr size_t kManyRowsOfX = 24;  // from here on panels are faster
+constexpr size_t kManyRowsOfX = 24;  // from here on panels are faster; MANY_ROWS of matmul/cpu.py
 constexpr size_t kMaxScales = kFirstCache / 64;  // of a row of w, while a part of x is in the first cache
 
 struct Line {
@@ -137,7 +137,7 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   if (k % groups != 0 || size % 32 != 0 || (groups > 1 && size != 32 && size != 64 && size % kWidestBlock != 0)) {
     return ffi::Error::InvalidArgument("quantized matmul: groups of 32, 64 or a multiple of 128 columns expected");
   }
-  if (gated_groups > 0 && (m < kManyRowsOfX || n % (2 * gated_groups) != 0)) {
+  if (gated_groups < 0 || (gated_groups > 0 && (m < kManyRowsOfX || n % (2 * gated_groups) != 0))) {
     return ffi::Error::InvalidArgument("quantized matmul: gated, many rows of x and whole groups of w expected");
   }
   const size_t block = size == 32 || size == 64 ? size : kWidestBlock;

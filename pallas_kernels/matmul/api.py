@@ -63,15 +63,16 @@ def gated_matmul(
     names: Names | None = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-    """Returns `gated(matmul(x, w), groups)`, where a kernel can in one pass.
+    """Returns `gated(matmul(x, w), groups)`, where a kernel can in one pass, which then rounds to `out_dtype` but once.
 
     Args:
       x: as in `matmul`.
       w: [N, K], as in `matmul`.
-      groups: of w's rows; divides N, and a group has an even number of rows.
+      groups: of w's rows, 1 or more; divides N, and a group has an even number of rows.
       out_dtype: type of the result; default x's.
       names: as in `matmul`.
-      implementation: see `dispatch.run`; "xla" gates what `matmul` returns, with any kernel if that is not asked for.
+      implementation: "cpu" or "xla", see `dispatch.run`; by None, what does not run in the former gates what `matmul`
+        returns, with any kernel.
 
     Returns:
       [..., N / 2] of `out_dtype`.
@@ -79,7 +80,9 @@ def gated_matmul(
     Raises:
       ValueError: the shapes do not fit.
     """
-    _check_shapes(x, w.weight if isinstance(w, Observed) else w)
+    weight = w.weight if isinstance(w, Observed) else w
+    _check_shapes(x, weight)
+    _check_groups(weight.shape[0], groups)
     out_dtype = x.dtype if out_dtype is None else out_dtype
 
     def apart(x: jax.Array, w: jax.Array | QuantizedArray | Observed, out_dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -97,8 +100,7 @@ def gated(x: jax.Array, groups: int) -> jax.Array:
     Raises:
       ValueError: the groups are not whole.
     """
-    if x.shape[-1] % (2 * groups):
-        raise ValueError(f"gated: {groups} groups of two halves expected, got x {x.shape}")
+    _check_groups(x.shape[-1], groups)
     gate, up = jnp.split(x.reshape(*x.shape[:-1], groups, -1), 2, axis=-1)
     return (up * jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
@@ -106,6 +108,11 @@ def gated(x: jax.Array, groups: int) -> jax.Array:
 def _check_shapes(x: jax.Array, w: jax.Array | QuantizedArray) -> None:
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"matmul: x [..., K] and w [N, K] expected, got {x.shape} and {w.shape}")
+
+
+def _check_groups(outputs: int, groups: int) -> None:
+    if groups < 1 or outputs % (2 * groups):
+        raise ValueError(f"gated: groups, 1 or more, of two halves each expected, got {groups} of {outputs} outputs")
 
 
 def _offsets_product(x: jax.Array, offsets: jax.Array) -> jax.Array:

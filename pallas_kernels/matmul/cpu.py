@@ -38,8 +38,6 @@ def matmul(
     widest = library.widest_instruction_set()
     if gated_groups and (rows < MANY_ROWS or not isinstance(w, QuantizedArray) or w.offsets is not None):
         raise NotImplementedError(f"gated matmul on a CPU: {MANY_ROWS} rows or more, few bits, no offsets")
-    if gated_groups and w.shape[0] % (2 * gated_groups):
-        raise NotImplementedError(f"gated matmul on a CPU: {w.shape[0]} outputs are not {gated_groups} pairs")
     if isinstance(w, QuantizedArray):
         _check_quantized(w)
     elif w.dtype not in (jnp.bfloat16, jnp.float16):

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch, partition
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.matmul import api as matmul_api
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import gated, gated_matmul, matmul
 from pallas_kernels.prefill_attention import api as prefill_api
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized import Format, quantize
@@ -115,6 +115,18 @@ def test_without_names_xla_serves_several_devices(spread):
     with dispatch.prefer("tpu"):
         y, _ = spread((1, 2), matmul, (x, (None, None)), (w, ("heads", None)))
     assert y.shape == (4, 8)
+
+
+def test_what_is_gated_over_several_devices(spread):
+    x, w, names = draw((26, 512)), quantize(draw((64, 512)), Format(4, 64)), ("heads", None)
+    together = partial(gated_matmul, groups=4, names=names, out_dtype=jnp.float32)
+    operands = (x, (None, None)), (w, names)
+    with pytest.raises(NotImplementedError, match="gated_matmul: over several devices 'cpu' must know"):
+        spread((1, 2), partial(together, implementation="cpu"), *operands)
+    with dispatch.prefer("tpu"):
+        y, _ = spread((1, 2), together, *operands)
+    apart = gated(matmul(x, w, out_dtype=jnp.float32, implementation="tpu"), 4)
+    np.testing.assert_allclose(y, apart, rtol=1e-5, atol=1e-3)
 
 
 def test_one_device_is_no_different_from_none():
