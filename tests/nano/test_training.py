@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Run:
     return Run("text", CONFIG, tokenizer, tmp_path, steps=100, seed=3)
 
 
-@pytest.mark.parametrize("adapter", ["vision", "speech"])
+@pytest.mark.parametrize("adapter", [pytest.param("vision", marks=pytest.mark.slow), "speech"])
 def test_network_is_that_of_the_runtime(nano: Phi4MM, run: Run, adapter: str) -> None:
     """Logits of a row with speech, and a picture or not: by the trainer's forward pass, and by the model's prefill."""
     rng = np.random.default_rng(0)

@@ -507,6 +507,7 @@ print(json.dumps(asyncio.run(ask_all())))
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_at_once(start):
     with start(max_waiting=100) as other, httpx.Client(base_url=other.url, timeout=60) as http:
         assert answers(http)
